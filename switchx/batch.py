@@ -1,0 +1,28 @@
+"""`Batch`: the one struct between data and model."""
+
+import flax.struct
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+
+Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of an encoder-decoder batch, packed or not. Padding is token 0 with segment id 0.
+
+    A row may hold several examples (packing). Segment ids number them from 1, the same number on
+    the encoder and the decoder side; positions restart at 0 with each example. An unpacked row is
+    one segment. Loss weights are 1 on target tokens that are predicted and 0 elsewhere.
+    Arrays are host NumPy arrays as the pipeline yields them and device arrays inside a step.
+    """
+
+    encoder_tokens: Int[Array, "B S"]
+    encoder_segment_ids: Int[Array, "B S"]
+    encoder_positions: Int[Array, "B S"]
+    decoder_input_tokens: Int[Array, "B T"]
+    decoder_target_tokens: Int[Array, "B T"]
+    decoder_segment_ids: Int[Array, "B T"]
+    decoder_positions: Int[Array, "B T"]
+    decoder_loss_weights: Float[Array, "B T"]

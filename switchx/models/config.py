@@ -1,0 +1,235 @@
+"""`ModelConfig`: the shape of a model, validated, with its exact size and cost."""
+
+import dataclasses
+import json
+from typing import Any
+
+from switchx.errors import UserError, check_choice, check_range, check_types, closest
+from switchx.moe.layer import ACTIVATIONS, MoeConfig
+
+REMAT_POLICIES = ("none", "dots", "full")
+SPARSE_LAYOUTS = ("mixed", "bottom", "middle", "top")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A T5-style encoder-decoder, dense (`moe=None`) or sparse. Defaults are T5-Base 1.0.
+
+    Attributes:
+      vocab_size: rows of the embedding; 32,000 pieces + 100 sentinels padded to 32,128.
+      d_model, d_ff, num_heads, head_dim: widths; heads × head_dim need not equal d_model.
+      num_encoder_layers, num_decoder_layers: depth of each stack.
+      activations: ("relu",) for T5 1.0; ("gelu", "linear") for the gated T5 1.1.
+      tie_embeddings: whether the output head is the token embedding.
+      scale_logits: multiply the decoder's output by d_model**-0.5 before the head, as T5 does
+        where the head is tied.
+      relative_attention_num_buckets, relative_attention_max_distance: of the position bias.
+      layer_norm_epsilon: inside the root of RMSNorm.
+      dropout_rate: on embeddings, attention weights, hidden units of dense feed-forward layers,
+        every sub-layer's output and the stacks' outputs. The experts' hidden units have
+        their own rate in `moe`.
+      init_scale: s of the truncated normal of variance s / fan_in (arXiv:2101.03961, §2.4).
+      moe: the sparse layers; None for a dense model.
+      sparse_every: one layer in this many is sparse, in each stack.
+      sparse_layout: where the num_layers // sparse_every sparse layers are: "mixed" is the last of
+        every `sparse_every`, the others are consecutive.
+      encoder_sparse_layers, decoder_sparse_layers: explicit layer numbers instead.
+      dtype: of activations: "float32", "bfloat16" or "float64". Parameters and the router
+        are float32 in any case (float64 computes in 64 bits throughout).
+      scan_layers: compile the repeating block of layers once (deep models) or every layer on its
+        own (small ones). Same numbers; parameters are stacked by block or named by layer.
+      remat: what the backward pass recomputes: "none", "dots" (all but matmul outputs), "full".
+    """
+
+    vocab_size: int = 32128
+    d_model: int = 768
+    d_ff: int = 3072
+    num_heads: int = 12
+    head_dim: int = 64
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    activations: tuple[str, ...] | list[str] = ("relu",)
+    tie_embeddings: bool = True
+    scale_logits: bool = True
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    dropout_rate: float = 0.0
+    init_scale: float = 0.1
+    moe: MoeConfig | None = None
+    sparse_every: int = 2
+    sparse_layout: str = "mixed"
+    encoder_sparse_layers: tuple[int, ...] | list[int] | None = None
+    decoder_sparse_layers: tuple[int, ...] | list[int] | None = None
+    dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        check_types(self)
+        for field in ("activations", "encoder_sparse_layers", "decoder_sparse_layers"):
+            value = getattr(self, field)
+            if value is not None:  # lists come from JSON and gin; tuples hash
+                object.__setattr__(self, field, tuple(value))
+        for field in (
+            "vocab_size",
+            "d_model",
+            "d_ff",
+            "num_heads",
+            "head_dim",
+            "num_encoder_layers",
+            "num_decoder_layers",
+            "sparse_every",
+        ):
+            check_range(self, field, getattr(self, field) >= 1, "at least 1")
+        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        check_range(
+            self,
+            "relative_attention_num_buckets",
+            buckets >= 4 and buckets % 4 == 0,
+            "a positive multiple of 4 (two directions, half of each exact)",
+        )
+        check_range(
+            self,
+            "relative_attention_max_distance",
+            distance > buckets // 2,
+            f"more than half of the {buckets} buckets",
+        )
+        check_range(self, "layer_norm_epsilon", self.layer_norm_epsilon > 0, "positive")
+        check_range(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
+        check_range(self, "init_scale", self.init_scale > 0, "positive")
+        check_choice(self, "sparse_layout", SPARSE_LAYOUTS)
+        check_choice(self, "dtype", ("float32", "bfloat16", "float64"))
+        check_choice(self, "remat", REMAT_POLICIES)
+        check_range(self, "activations", len(self.activations) >= 1, "one name or more")
+        for name in self.activations:
+            if name not in ACTIVATIONS:
+                raise UserError(
+                    f"ModelConfig.activations = {self.activations}: "
+                    f"{name!r} is unknown{closest(name, ACTIVATIONS)}"
+                )
+        for field, depth in (
+            ("encoder_sparse_layers", self.num_encoder_layers),
+            ("decoder_sparse_layers", self.num_decoder_layers),
+        ):
+            layers = getattr(self, field)
+            if layers is not None:
+                valid = list(layers) == sorted(set(layers)) and set(layers) <= set(range(depth))
+                check_range(self, field, valid, f"increasing layer numbers below {depth}")
+
+    @property
+    def encoder_sparse(self) -> tuple[bool, ...]:
+        """Whether each encoder layer is sparse."""
+        return self._sparse(self.num_encoder_layers, self.encoder_sparse_layers)
+
+    @property
+    def decoder_sparse(self) -> tuple[bool, ...]:
+        """Whether each decoder layer is sparse."""
+        return self._sparse(self.num_decoder_layers, self.decoder_sparse_layers)
+
+    def _sparse(self, depth: int, explicit: Any) -> tuple[bool, ...]:
+        if self.moe is None:
+            return (False,) * depth
+        if explicit is None:
+            count = depth // self.sparse_every
+            start = {"bottom": 0, "middle": (depth - count) // 2, "top": depth - count}
+            if self.sparse_layout == "mixed":
+                explicit = range(self.sparse_every - 1, depth, self.sparse_every)
+            else:
+                first = start[self.sparse_layout]
+                explicit = range(first, first + count)
+        return tuple(layer in set(explicit) for layer in range(depth))
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters, all of them."""
+        return self._count_params(experts=self.moe.num_experts if self.moe else 0)
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters a token passes through: each sparse layer counted with its K experts."""
+        return self._count_params(experts=self.moe.top_k if self.moe else 0)
+
+    def _count_params(self, experts: int) -> int:
+        width, inner = self.d_model, self.num_heads * self.head_dim
+        ffn = (len(self.activations) + 1) * width * self.d_ff
+        router = 0
+        if self.moe:
+            router = (width + self.moe.router_bias) * self.moe.num_experts
+        attention = 4 * width * inner
+        position_bias = self.relative_attention_num_buckets * self.num_heads
+
+        def stack(sparse: tuple[bool, ...], sublayers: int) -> int:
+            layers = sum(
+                (experts * ffn + router if is_sparse else ffn)
+                + (sublayers - 1) * attention
+                + sublayers * width  # norms
+                for is_sparse in sparse
+            )
+            return layers + width + position_bias
+
+        embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * width
+        return embeddings + stack(self.encoder_sparse, 2) + stack(self.decoder_sparse, 3)
+
+    def flops_per_sequence(self, encoder_length: int, decoder_length: int) -> int:
+        """Forward FLOPs of the matmuls of one (encoder, decoder) row, 2 per multiply-add.
+
+        Projections, attention scores and sums over full (unmasked) lengths, feed-forward
+        layers with K experts per token and no capacity padding, routers, and the output head.
+        The embedding is a gather and costs none. A training step is three times this.
+        """
+        width, inner = self.d_model, self.num_heads * self.head_dim
+        ffn = 2 * (len(self.activations) + 1) * width * self.d_ff
+        moe = self.moe.top_k * ffn + 2 * width * self.moe.num_experts if self.moe else 0
+
+        def self_attention(length: int) -> int:
+            return length * 2 * 4 * width * inner + 2 * 2 * length * length * inner
+
+        cross_attention = (
+            2 * (decoder_length + encoder_length) * 2 * width * inner
+            + 2 * 2 * decoder_length * encoder_length * inner
+        )
+        encoder = sum(
+            self_attention(encoder_length) + encoder_length * (moe if sparse else ffn)
+            for sparse in self.encoder_sparse
+        )
+        decoder = sum(
+            self_attention(decoder_length)
+            + cross_attention
+            + decoder_length * (moe if sparse else ffn)
+            for sparse in self.decoder_sparse
+        )
+        return encoder + decoder + decoder_length * 2 * width * self.vocab_size
+
+    def flops_per_token(self, encoder_length: int = 512, decoder_length: int = 114) -> float:
+        """Forward FLOPs of a row divided by its encoder and decoder tokens together."""
+        flops = self.flops_per_sequence(encoder_length, decoder_length)
+        return flops / (encoder_length + decoder_length)
+
+    def to_json(self) -> str:
+        """JSON text of every field; `from_json` is the inverse."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "ModelConfig":
+        """Read what `to_json` wrote.
+
+        Raises:
+          UserError: not JSON, or a field this version does not have.
+        """
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"model.json is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise UserError("model.json should hold one JSON object")
+        moe = values.pop("moe", None)
+        return _from_dict(cls, {**values, "moe": _from_dict(MoeConfig, moe) if moe else None})
+
+
+def _from_dict(cls: type, values: dict[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError(f"model.json: {cls.__name__} has no field {name!r}{closest(name, known)}")
+    return cls(**values)

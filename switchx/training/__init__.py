@@ -1,0 +1,1 @@
+"""Losses, optimizers, metrics, state, checkpoints and the loop."""
