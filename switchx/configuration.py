@@ -1,0 +1,218 @@
+"""Gin at the edge: the only file that imports gin. Parse, finalize, check strictly, build.
+
+The library is plain dataclasses and functions; gin files fill the fields of the dataclasses by
+`from __gin__ import dynamic_registration`. What gin lets pass is caught here: a misspelt macro,
+a binding that nothing uses, a macro bound twice in one file, a string where quotes were left out.
+"""
+
+import argparse
+import ast
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import gin
+from gin import config as gin_config
+
+from switchx.errors import UserError, closest
+from switchx.training.loop import Interrupted
+
+T = TypeVar("T")
+
+_BOUND_NAME = re.compile(r"^([A-Za-z_][\w./]*)\s*=")
+
+
+def build(
+    config_class: type[T],
+    gin_files: Sequence[str],
+    bindings: Sequence[str] = (),
+    search_paths: Sequence[str] = (),
+) -> T:
+    """An instance of a configuration dataclass, filled from gin.
+
+    Args:
+      config_class: what to build.
+      gin_files: read in order; a later binding wins over an earlier one.
+      bindings: ``NAME=VALUE``, read last. A value that is no Python literal, ``@reference`` or
+        ``%MACRO`` is taken as a string.
+      search_paths: folders in which gin files and their includes are looked for, besides the
+        current one and the one that holds switchx's own ``gin_configs``.
+
+    Raises:
+      UserError: whatever is wrong, in one line that names the file, key or value and the mend.
+    """
+    gin.clear_config()
+    roots = [*search_paths, str(pathlib.Path(__file__).parent.parent)]
+    for root in roots:
+        gin.add_config_file_search_path(root)
+    if not gin_files:
+        raise UserError("no configuration; give --gin_file=gin_configs/switch_tiny.gin")
+    for file in gin_files:
+        _check_file(file, ["", *roots])
+    try:
+        gin.parse_config(f"MODEL_DIR = {_run_name(gin_files)!r}")
+        gin.parse_config_files_and_bindings(
+            list(gin_files), [_quote(binding) for binding in bindings], finalize_config=False
+        )
+        gin.finalize()
+        config = gin.get_configurable(config_class)()
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(_explain(error)) from error
+    _check_all_used()
+    return config
+
+
+def operative_config() -> str:
+    """Text of the configuration of the last `build`, defaults included, as gin reads it."""
+    return gin.operative_config_str()
+
+
+def main(config_class: type[T], run: Callable[[T, str], Any], description: str) -> None:
+    """Entry point of a script: flags → configuration → `run(config, config.gin text)`.
+
+    Exits with 2 after a one-line message for anything the user can mend, and with 128 + n when
+    signal n ended the run.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="--gin.NAME=VALUE binds a macro (TRAIN_STEPS, MODEL_DIR, …) or a field "
+        "(OptimizerConfig.clip_norm). Macros and fields are listed in README.md.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="configuration file; may be repeated, later files win",
+    )
+    parser.add_argument(
+        "--gin_search_paths",
+        default="",
+        metavar="DIRS",
+        help="comma-separated folders in which gin files and includes are looked for",
+    )
+    flags, rest = parser.parse_known_args()
+    bindings = []
+    for flag in rest:
+        if not flag.startswith("--gin."):
+            parser.error(f"unknown flag {flag!r}{closest(flag, ['--gin_file', '--gin.NAME=VALUE'])}")
+        if "=" not in flag:
+            parser.error(f"{flag}: write {flag}=VALUE")
+        bindings.append(flag.removeprefix("--gin."))
+    search_paths = [path for path in flags.gin_search_paths.split(",") if path]
+    try:
+        config = build(config_class, flags.gin_file, bindings, search_paths)
+        run(config, operative_config())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Interrupted as interrupted:
+        sys.exit(128 + interrupted.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run_name(gin_files: Sequence[str]) -> str:
+    return "runs/" + "-".join(pathlib.Path(file).stem for file in gin_files)
+
+
+def _check_file(file: str, roots: Sequence[str]) -> None:
+    """Check that the file exists and binds nothing twice."""
+    found = next((path for root in roots if (path := pathlib.Path(root, file)).is_file()), None)
+    if found is None:
+        folder = pathlib.Path(file).parent
+        siblings = [
+            str(folder / path.name) for root in roots for path in pathlib.Path(root, folder).glob("*.gin")
+        ]
+        raise UserError(f"--gin_file={file}: no such file{closest(file, set(siblings))}")
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), start=1):
+        if match := _BOUND_NAME.match(line):
+            name = match[1]
+            if name in first_line:
+                raise UserError(
+                    f"{file}:{number}: {name} is already bound in line {first_line[name]}; "
+                    "remove one of the two"
+                )
+            first_line[name] = number
+
+
+def _quote(binding: str) -> str:
+    """Quote the value of NAME=VALUE if it can only be meant as a string."""
+    name, value = (part.strip() for part in binding.split("=", 1))
+    if value.startswith(("@", "%")) or re.search(r"[@%]\w", value) and value[:1] in "[({":
+        return f"{name} = {value}"
+    try:
+        ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        if value[:1] in "[({":
+            raise UserError(f"--gin.{binding}: the value is not a Python literal") from None
+        value = repr(value)
+    return f"{name} = {value}"
+
+
+def _check_all_used() -> None:
+    """Fail on bindings that building the configuration did not use.
+
+    Gin keeps both sets as module state without a public accessor (gin-config 0.5 is the last
+    release, and pinned).
+    """
+    bound = {
+        (selector, parameter)
+        for (_, selector), parameters in gin_config._CONFIG.items()
+        for parameter in parameters
+    }
+    used = {
+        (selector, parameter)
+        for (_, selector), parameters in gin_config._OPERATIVE_CONFIG.items()
+        for parameter in parameters
+    }
+    macros = {scope for scope, selector in gin_config._CONFIG if selector == "gin.macro"}
+    used_macros = {
+        scope for scope, selector in gin_config._OPERATIVE_CONFIG if selector == "gin.macro"
+    }
+    for name in sorted(macros - used_macros - {"MODEL_DIR"}):
+        raise UserError(
+            f"{name} is bound but this configuration does not use it{closest(name, used_macros)}"
+        )
+    for selector, parameter in sorted(bound - used):
+        if selector != "gin.macro":
+            raise UserError(
+                f"{selector.split('.')[-1]}.{parameter} is bound but never used: "
+                f"no {selector.split('.')[-1]} is part of this configuration"
+            )
+
+
+def _explain(error: Exception) -> str:
+    """One line out of gin's message, with the mend where it can be found."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, UserError):
+        return str(cause)
+    text = " ".join(str(error).split())
+    if match := re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'", text):
+        selector, parameter = match.groups()
+        name = selector.split(".")[-1]
+        return f"{name} has no field {parameter!r}{closest(parameter, _fields(selector))}{_where(text)}"
+    return text
+
+
+def _fields(selector: str) -> list[str]:
+    try:
+        configurable = gin_config._REGISTRY.get_match(selector)
+        return list(configurable.wrapped.__dataclass_fields__)
+    except Exception:
+        return []
+
+
+def _where(text: str) -> str:
+    match = re.search(r'In file "([^"]+)", line (\d+)', text)
+    return f" ({match[1]}:{match[2]})" if match else ""

@@ -1,0 +1,171 @@
+"""`Experiment`: everything a configuration fills, and the checks across its parts."""
+
+import dataclasses
+
+from jax.sharding import Mesh
+
+from switchx import sharding
+from switchx.data import pipeline
+from switchx.data.pipeline import DataConfig
+from switchx.errors import UserError, check_choice, check_range, check_types
+from switchx.models.config import ModelConfig
+from switchx.moe.layer import group_shape
+from switchx.training.losses import LossConfig
+from switchx.training.optimizer import OptimizerConfig
+
+# A continued run may differ from its beginning in these: none changes what a step computes.
+MAY_CHANGE = (
+    "train_steps",
+    "eval_period",
+    "eval_steps",
+    "checkpoint_period",
+    "log_period",
+    "num_samples",
+    "keep_checkpoints",
+    "keep_best_checkpoints",
+    "model_dir",
+    "on_nonfinite",
+    "mesh",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run.
+
+    Attributes:
+      model, data, optimizer, loss: the parts.
+      model_dir: the run directory (macro MODEL_DIR).
+      train_steps: updates in all (TRAIN_STEPS).
+      eval_period: steps between evaluations (EVAL_PERIOD); the last step is evaluated too.
+      eval_steps: batches per evaluation, None for the whole split (EVAL_STEPS).
+      checkpoint_period: steps between checkpoints (CHECKPOINT_PERIOD); the last is saved too.
+      keep_checkpoints, keep_best_checkpoints: how many of the latest, and of those with the
+        lowest evaluated cross-entropy.
+      initial_checkpoint_path: run directory or checkpoint whose parameters a new run starts
+        from (INITIAL_CHECKPOINT_PATH).
+      initial_optimizer: take its optimizer state and step as well.
+      seed: of parameters, dropout and jitter (RANDOM_SEED; the data has its own).
+      num_microbatches: pieces a batch is cut into to save memory (NUM_MICROBATCHES).
+      mesh: devices along (data, expert, model); -1 takes the rest (MESH).
+      log_period: steps between rows of training metrics.
+      log_norms: add parameter and update norms, by parameter, to those rows.
+      on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
+      num_samples: validation examples decoded at every evaluation.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loss: LossConfig = LossConfig()
+    model_dir: str = "runs/experiment"
+    train_steps: int = 1000
+    eval_period: int = 100
+    eval_steps: int | None = 20
+    checkpoint_period: int = 100
+    keep_checkpoints: int = 3
+    keep_best_checkpoints: int = 1
+    initial_checkpoint_path: str | None = None
+    initial_optimizer: bool = False
+    seed: int = 0
+    num_microbatches: int = 1
+    mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    log_period: int = 10
+    log_norms: bool = False
+    on_nonfinite: str = "stop"
+    num_samples: int = 4
+
+    def __post_init__(self):
+        check_types(self)
+        for field in (
+            "train_steps",
+            "eval_period",
+            "checkpoint_period",
+            "keep_checkpoints",
+            "num_microbatches",
+            "log_period",
+        ):
+            check_range(self, field, getattr(self, field) >= 1, "at least 1")
+        check_range(
+            self, "eval_steps", self.eval_steps is None or self.eval_steps >= 1, "positive or None"
+        )
+        check_range(self, "seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
+        for field in ("num_samples", "keep_best_checkpoints"):
+            check_range(self, field, getattr(self, field) >= 0, "0 or more")
+        check_choice(self, "on_nonfinite", ("stop", "skip"))
+        check_range(self, "model_dir", bool(self.model_dir), "a path")
+        if self.initial_optimizer and self.initial_checkpoint_path is None:
+            raise UserError("Experiment.initial_optimizer needs INITIAL_CHECKPOINT_PATH")
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of an encoder row and of a decoder row."""
+        lengths = self.data.task_feature_lengths
+        return lengths["inputs"], lengths["targets"]
+
+    @property
+    def train_flops(self) -> int:
+        """Model FLOPs of a training step: three times the forward pass of every row."""
+        return 3 * self.data.batch_size * self.model.flops_per_sequence(*self.lengths)
+
+
+def check_fits(experiment: Experiment, mesh: Mesh) -> None:
+    """Check what depends on several parts of the configuration at once, before any work.
+
+    Raises:
+      UserError: the vocabulary does not fit the model, or rows, routing groups or widths do not
+        divide over microbatches and devices.
+    """
+    model, data = experiment.model, experiment.data
+    vocabulary = pipeline.vocabulary_size(data)
+    if vocabulary > model.vocab_size:
+        raise UserError(
+            f"ModelConfig.vocab_size = {model.vocab_size} is too small for vocabulary "
+            f"{data.vocabulary!r} with {vocabulary} ids; set vocab_size to {vocabulary} or more"
+        )
+    rows, shards = data.batch_size, sharding.batch_shards(mesh)
+    pieces = experiment.num_microbatches
+    if rows % pieces:
+        raise UserError(
+            f"BATCH_SIZE = {rows} is not divisible by NUM_MICROBATCHES = {pieces}; "
+            f"{_near_multiples(rows, pieces)} are"
+        )
+    if rows // pieces % shards:
+        raise UserError(
+            f"BATCH_SIZE = {rows} in {pieces} microbatch(es) is not divisible by the {shards} "
+            f"data x expert devices of MESH = {dict(mesh.shape)}; "
+            f"{_near_multiples(rows, pieces * shards)} are"
+        )
+    _check_axis(mesh, "model", "num_heads", model.num_heads)
+    _check_axis(mesh, "model", "d_ff", model.d_ff)
+    _check_axis(mesh, "model", "vocab_size", model.vocab_size)
+    if model.moe is None:
+        return
+    _check_axis(mesh, "expert", "moe.num_experts", model.moe.num_experts)
+    for feature, length in data.task_feature_lengths.items():
+        whole = group_shape(rows, length, model.moe.group_size)
+        piece = group_shape(rows // pieces, length, model.moe.group_size)
+        if whole[1] != piece[1] or piece[0] % shards:
+            fits = [
+                group_rows * length
+                for group_rows in range(1, rows // pieces + 1)
+                if (rows // pieces) % (group_rows * shards) == 0
+            ]
+            raise UserError(
+                f"MoeConfig.group_size = {model.moe.group_size}: routing groups of {whole[1]} "
+                f"{feature} tokens do not divide over {pieces} microbatch(es) x {shards} "
+                f"device(s); sizes that fit {feature}: {', '.join(map(str, fits))}"
+            )
+
+
+def _near_multiples(value: int, factor: int) -> str:
+    below = value // factor * factor
+    return " and ".join(str(each) for each in (below, below + factor) if each > 0)
+
+
+def _check_axis(mesh: Mesh, axis: str, field: str, size: int) -> None:
+    if size % mesh.shape[axis]:
+        raise UserError(
+            f"ModelConfig.{field} = {size} is not divisible by the {mesh.shape[axis]} devices of "
+            f"mesh axis {axis!r}"
+        )

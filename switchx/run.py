@@ -1,0 +1,294 @@
+"""`train`: an `Experiment` becomes a run directory."""
+
+import concurrent.futures
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from switchx import sharding
+from switchx.batch import Batch
+from switchx.data import pipeline
+from switchx.experiment import MAY_CHANGE, Experiment, check_fits
+from switchx.inference.decoding import greedy
+from switchx.inference.evaluation import evaluate, make_eval_step
+from switchx.models.t5 import T5
+from switchx.overview import overview
+from switchx.run_directory import JsonLines, RunDirectory, versions
+from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
+from switchx.training.loop import Hook, Interrupted, StopSignals
+from switchx.training.loop import train as train_loop
+from switchx.training.metrics import MetricsWriter, summarize
+from switchx.training.optimizer import learning_rate_schedule, make_optimizer
+from switchx.training.progress import Progress
+from switchx.training.state import TrainState, create_state
+from switchx.training.step import make_train_step
+
+
+def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
+    """Run an experiment to its last step, or go on where an earlier call stopped.
+
+    Args:
+      experiment: what to run.
+      config_gin: text for config.gin, if gin made the experiment.
+
+    Returns:
+      The last evaluation's metrics; empty if the run was already complete.
+
+    Raises:
+      UserError: the configuration, the data or the directory does not allow it.
+      Interrupted: SIGINT or SIGTERM, after saving.
+    """
+    with StopSignals().caught() as stop:
+        mesh = sharding.make_mesh(experiment.mesh)
+        check_fits(experiment, mesh)
+        directory = RunDirectory(experiment.model_dir)
+        try:
+            directory.claim(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
+            with sharding.use(mesh):
+                return _Run(experiment, directory, mesh, stop).run(config_gin)
+        finally:
+            directory.close()
+
+
+class _Run:
+    """The parts of a run, built in the order of the data, and the hooks that tie them."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        directory: RunDirectory,
+        mesh: Mesh,
+        stop: StopSignals,
+    ):
+        self.experiment = experiment
+        self.directory = directory
+        self.mesh = mesh
+        self.stop = stop
+        self.model = T5(experiment.model)
+        self.task = experiment.data.mixture_or_task_name
+        self.evaluated: dict[str, Any] = {}
+        self.evaluated_step = -1
+
+    def run(self, config_gin: str) -> dict[str, Any]:
+        """Train to the last step."""
+        experiment, directory = self.experiment, self.directory
+        self.checkpointer = Checkpointer(
+            directory.checkpoints,
+            keep=experiment.keep_checkpoints,
+            keep_best=experiment.keep_best_checkpoints,
+        )
+        first_step = self.checkpointer.latest_step() or 0
+        if first_step >= experiment.train_steps and directory.done:
+            print(f"{directory.path} is complete at step {first_step}; raise TRAIN_STEPS to go on")
+            return {}
+
+        with concurrent.futures.ThreadPoolExecutor(1, "data") as builder:
+            # TensorFlow's import and graph building take as long as XLA's compilation: overlap.
+            building = builder.submit(self._build_data)
+            create, abstract, optimizer = create_state(
+                self.model,
+                lambda axes: make_optimizer(experiment.optimizer, axes),
+                seed=experiment.seed,
+                mesh=self.mesh,
+            )
+            print(overview(experiment, abstract, self.mesh), flush=True)
+            state, position = self._initial_state(create, abstract)
+            self._write_descriptions(config_gin)
+            compiled = self._compile(optimizer, abstract)
+            batches, self.eval_batches, self.sample_batch = building.result()
+        first_step = int(state.step)
+        if position:
+            batches.seek(position)
+        self.batches = pipeline.Prefetcher(batches, self._place)
+        self.samples = JsonLines(directory.path / "samples.jsonl", last_step=first_step)
+        self.writer = MetricsWriter(directory.path, last_step=first_step)
+        self.progress = Progress(
+            self.writer,
+            self._summarize,
+            learning_rate_schedule(experiment.optimizer),
+            first_step=first_step,
+            last_step=experiment.train_steps,
+            log_period=experiment.log_period,
+            flops_per_step=experiment.train_flops,
+            on_nonfinite=experiment.on_nonfinite,
+        )
+        directory.set_done(False)
+        try:
+            train_loop(
+                state,
+                compiled,
+                self.batches,
+                last_step=experiment.train_steps,
+                reporter=self.progress,
+                hooks=[
+                    Hook(experiment.eval_period, self._evaluate),
+                    Hook(experiment.checkpoint_period, self._save),
+                ],
+                save=self._save,
+                stop=self.stop,
+            )
+            self.checkpointer.close()
+            directory.set_done(True)
+        except Interrupted as interrupted:
+            self.checkpointer.wait()
+            self.progress.close()
+            print(f"{interrupted}; saved in {directory.path}. Run the same command to go on.")
+            raise
+        finally:
+            self.progress.close()
+            self.batches.close()
+            self.writer.close()
+            self.samples.close()
+        return self.evaluated
+
+    # Building -------------------------------------------------------------------------------
+
+    def _build_data(self) -> tuple[pipeline.Batches, Iterable[Batch], Batch | None]:
+        experiment = self.experiment
+        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = pipeline.build_train(experiment.data, **hosts)
+        eval_batches = pipeline.build_eval(
+            experiment.data, num_batches=experiment.eval_steps, **hosts
+        )
+        sample = None
+        if experiment.num_samples:
+            data = dataclasses.replace(
+                experiment.data, pack=False, batch_size=experiment.num_samples
+            )
+            sample = next(iter(pipeline.build_eval(data, num_batches=1)))
+        return batches, eval_batches, sample
+
+    def _initial_state(
+        self, create: Any, abstract: TrainState
+    ) -> tuple[TrainState, dict[str, int] | None]:
+        experiment = self.experiment
+        if self.checkpointer.latest_step() is not None:
+            state, position = self.checkpointer.restore(abstract)
+            print(f"resuming {self.directory.path} from step {int(state.step)}", flush=True)
+            return state, position
+        if experiment.initial_checkpoint_path is None:
+            return create(), None
+        loaded = restore_from(
+            experiment.initial_checkpoint_path, abstract, optimizer=experiment.initial_optimizer
+        )
+        what = "parameters, optimizer and step" if experiment.initial_optimizer else "parameters"
+        print(f"starting from the {what} of {experiment.initial_checkpoint_path}", flush=True)
+        if experiment.initial_optimizer:
+            return loaded, None
+        return create().replace(params=loaded.params), None
+
+    def _compile(self, optimizer: Any, abstract: TrainState) -> Any:
+        experiment = self.experiment
+        step = make_train_step(
+            self.model,
+            experiment.loss,
+            experiment.model.moe,
+            optimizer,
+            num_microbatches=experiment.num_microbatches,
+            log_norms=experiment.log_norms,
+        )
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        encoder_length, decoder_length = experiment.lengths
+        rows, where = experiment.data.batch_size, sharding.batch_sharding(self.mesh)
+        fields = {
+            field.name: jax.ShapeDtypeStruct(
+                (rows, encoder_length if field.name.startswith("encoder") else decoder_length),
+                np.float32 if field.name.endswith("weights") else np.int32,
+                sharding=where,
+            )
+            for field in dataclasses.fields(Batch)
+        }
+        return jitted.lower(abstract, Batch(**fields)).compile()
+
+    def _place(self, batch: Batch) -> Batch:
+        where = sharding.batch_sharding(self.mesh)
+        return jax.tree.map(
+            lambda rows: jax.make_array_from_process_local_data(where, rows), batch
+        )
+
+    def _write_descriptions(self, config_gin: str) -> None:
+        if config_gin:
+            self.directory.write_text("config.gin", config_gin)
+        self.directory.write_text("model.json", self.experiment.model.to_json() + "\n")
+        now = versions(jax.devices(), self.mesh.shape)
+        if (self.directory.path / "versions.json").exists():
+            before = self.directory.read_json("versions.json")
+            changed = [
+                f"{name} {old} -> {now['packages'].get(name)}"
+                for name, old in before.get("packages", {}).items()
+                if old != now["packages"].get(name)
+            ]
+            if changed:
+                print(f"versions changed since this run began: {', '.join(changed)}")
+        self.directory.write_json("versions.json", now)
+
+    # Hooks ----------------------------------------------------------------------------------
+
+    def _summarize(self, sums: Any) -> dict[str, Any]:
+        model = self.experiment.model
+        names = {
+            stack: tuple(f"{stack}/{layer}" for layer, sparse in enumerate(pattern) if sparse)
+            for stack, pattern in (
+                ("encoder", model.encoder_sparse),
+                ("decoder", model.decoder_sparse),
+            )
+        }
+        return summarize(
+            sums,
+            load_balance_weight=model.moe.load_balance_weight if model.moe else 0.0,
+            router_z_weight=model.moe.router_z_weight if model.moe else 0.0,
+            layer_names=names,
+        )
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        if not hasattr(self, "eval_step"):
+            eval_step = make_eval_step(self.model, self.experiment.loss, self.experiment.model.moe)
+            self.eval_step = jax.jit(eval_step)
+        placed = map(self._place, self.eval_batches)
+        summary = self._summarize(evaluate(self.eval_step, state.params, placed))
+        self.writer.write(step, f"eval/{self.task}", summary)
+        self.evaluated, self.evaluated_step = summary, step
+        text = (
+            f"step {step}: eval loss {summary['loss']:.4f}, "
+            f"cross-entropy {summary['cross_entropy']:.4f}, "
+            f"perplexity {summary['perplexity']:.2f}, accuracy {summary['accuracy']:.2%}"
+        )
+        if "dropped_fraction" in summary:
+            text += f", dropped {summary['dropped_fraction']:.2%}"
+        self.progress.say(text)
+        if self.sample_batch is not None:
+            self._write_samples(step, state)
+
+    def _write_samples(self, step: int, state: TrainState) -> None:
+        batch = self.sample_batch
+        assert batch is not None
+        predictions = jax.device_get(
+            greedy(
+                self.experiment.model,
+                state.params,
+                batch.encoder_tokens,
+                max_length=self.experiment.lengths[1],
+            )
+        )
+        data = self.experiment.data
+        for row in range(len(predictions)):
+            self.samples.write(
+                {
+                    "step": step,
+                    "inputs": pipeline.decode_tokens(data, batch.encoder_tokens[row]),
+                    "target": pipeline.decode_tokens(data, batch.decoder_target_tokens[row]),
+                    "prediction": pipeline.decode_tokens(data, predictions[row]),
+                }
+            )
+
+    def _save(self, step: int, state: TrainState) -> None:
+        metrics = None
+        if self.evaluated_step == step and math.isfinite(self.evaluated[BEST_METRIC]):
+            metrics = {BEST_METRIC: self.evaluated[BEST_METRIC]}
+        self.checkpointer.save(state, self.batches.position(), metrics)

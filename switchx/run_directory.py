@@ -1,0 +1,201 @@
+"""The run directory: the unit of every experiment, between training and everything after it."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from switchx.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow")
+
+
+class RunDirectory:
+    """A directory that holds one run, locked for as long as this object lives.
+
+    config.gin, config.json   the configuration: as gin has it, and resolved, as plain data
+    model.json                the model's configuration
+    metrics.jsonl             one row per logged step and split
+    samples.jsonl             decoded examples
+    checkpoints/<step>/       parameters, optimizer, data position
+    events.out.*              TensorBoard
+    versions.json             packages, git revision, devices, mesh, command
+    DONE                      written last
+    """
+
+    def __init__(self, path: str):
+        """Create and lock.
+
+        Raises:
+          UserError: not a directory, not writable, or in use by another process.
+        """
+        self.path = pathlib.Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path, os.O_RDONLY)
+            probe = self.path / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"MODEL_DIR = {path!r} cannot be written: {error.strerror}") from None
+        try:
+            # The kernel releases the lock when the process ends, however it ends.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"MODEL_DIR = {path!r} is in use by another process; wait for it or choose another"
+            ) from None
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self._lock)
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        """Whether the run reached its last step."""
+        return (self.path / "DONE").exists()
+
+    def set_done(self, done: bool) -> None:
+        """Write or remove DONE."""
+        if done:
+            self.write_text("DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
+        else:
+            (self.path / "DONE").unlink(missing_ok=True)
+
+    def claim(self, config: Mapping[str, Any], *, may_change: Iterable[str]) -> None:
+        """Write config.json, or check that the one there is the same.
+
+        Args:
+          config: resolved configuration, JSON values, nested.
+          may_change: dotted keys that a continued run may change, such as its length.
+
+        Raises:
+          UserError: the directory holds another configuration's run; names the differing keys.
+        """
+        path = self.path / "config.json"
+        config = json.loads(json.dumps(config))
+        if path.exists():
+            here, there = _flatten(config), _flatten(self.read_json("config.json"))
+            differing = [
+                f"{key} (there {there.get(key)!r}, now {here.get(key)!r})"
+                for key in sorted(here.keys() | there.keys())
+                if here.get(key) != there.get(key)
+                and not any(key == free or key.startswith(free + ".") for free in may_change)
+            ]
+            if differing:
+                raise UserError(
+                    f"MODEL_DIR = {str(self.path)!r} holds a run of another configuration: "
+                    f"{', '.join(differing[:8])}{' …' if len(differing) > 8 else ''}; "
+                    "choose another MODEL_DIR or remove it"
+                )
+        elif self.checkpoints.exists() and any(self.checkpoints.iterdir()):
+            raise UserError(
+                f"MODEL_DIR = {str(self.path)!r} holds checkpoints without a config.json; "
+                "choose another MODEL_DIR"
+            )
+        self.write_json("config.json", config)
+
+    def read_json(self, name: str) -> Any:
+        """Content of a JSON file.
+
+        Raises:
+          UserError: not JSON.
+        """
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{self.path / name} is not JSON: {error}") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, all of it or nothing."""
+        self.write_text(name, json.dumps(value, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file, all of it or nothing."""
+        temporary = self.path / f".{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from None
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with a "step", to which rows are appended.
+
+    On opening, rows later than `last_step` are dropped: they belong to work that was lost with
+    an interrupted run and is about to be done again, with the same numbers.
+    """
+
+    def __init__(self, path: pathlib.Path, *, last_step: int):
+        if path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+                try:
+                    if json.loads(line)["step"] <= last_step:
+                        kept.append(line)
+                except json.JSONDecodeError:  # the half-written last line of a killed run
+                    continue
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row and flush it."""
+        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def versions(devices: Iterable[Any], mesh: Mapping[str, int]) -> dict[str, Any]:
+    """What a run was made with: packages, Python, git revision, devices, mesh, command."""
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "packages": packages,
+        "python": sys.version.split()[0],
+        "git": _git_revision(),
+        "devices": [str(device.device_kind) for device in devices],
+        "mesh": dict(mesh),
+        "command": sys.argv,
+    }
+
+
+def _git_revision() -> str | None:
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        where = pathlib.Path(__file__).parent
+        result = subprocess.run(
+            command, cwd=where, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat |= _flatten(item, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    return {prefix: value}

@@ -1,0 +1,112 @@
+"""The loop: batches in, a trained state out. Everything periodic is a hook."""
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from switchx.training.state import TrainState
+from switchx.training.step import StepMetrics
+
+
+class Reporter(Protocol):
+    """Receives the metrics of every step, in order, while the device works on a later one."""
+
+    def report(self, step: int, metrics: StepMetrics) -> None:
+        """Take the metrics of a step. May raise to end training."""
+
+    def restart_clock(self) -> None:
+        """Called after hooks have run: the time since the last report was not training."""
+
+
+class Hook(NamedTuple):
+    """Something done with the state after every `period` steps and after the last one."""
+
+    period: int
+    run: Callable[[int, TrainState], None]
+
+
+class Interrupted(Exception):
+    """Training was asked to stop and has saved; `signum` is the signal that asked."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}")
+        self.signum = signum
+        self.step = step
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, noted at once and acted on between steps. A second one is not caught."""
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.received = signum
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else _interrupt)
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator["StopSignals"]:
+        """Catch the signals inside the block."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        previous = {signum: signal.signal(signum, self._note) for signum in signals}
+        try:
+            yield self
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def train(
+    state: TrainState,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, StepMetrics]],
+    batches: Iterator[Any],
+    *,
+    last_step: int,
+    reporter: Reporter,
+    hooks: Sequence[Hook],
+    save: Callable[[int, TrainState], None],
+    stop: StopSignals,
+) -> TrainState:
+    """Update `state` until it has made `last_step` steps.
+
+    Metrics are reported one step late, so that the host never waits for a device that has
+    nothing to do; before a hook or a save they are reported first.
+
+    Args:
+      state: donated to `train_step`.
+      train_step: compiled.
+      batches: on their devices.
+      last_step: counted from the beginning of the run, not of this call.
+      reporter: see `Reporter`.
+      hooks: run in order.
+      save: called when a signal ends training early.
+      stop: set by signals.
+
+    Raises:
+      Interrupted: a signal came; the state after the last finished step is saved.
+    """
+    step = int(state.step)
+    pending: tuple[int, StepMetrics] | None = None
+    while step < last_step:
+        state, metrics = train_step(state, next(batches))
+        step += 1
+        if pending:
+            reporter.report(*pending)
+        pending = (step, metrics)
+
+        due = [hook for hook in hooks if step % hook.period == 0 or step == last_step]
+        if due or stop.received:
+            reporter.report(*pending)
+            pending = None
+            for hook in due:
+                hook.run(step, state)
+            if stop.received and step < last_step:
+                save(step, state)
+                raise Interrupted(stop.received, step)
+            reporter.restart_clock()
+    return state

@@ -1,0 +1,99 @@
+"""What a training step needs, estimated before anything is allocated, and what there is."""
+
+from typing import Any, NamedTuple
+
+import jax
+import psutil
+
+from switchx.models.config import ModelConfig
+from switchx.moe.routing import capacity
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    state: int
+    gradients: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.state + self.gradients + self.activations
+
+
+def estimate(
+    config: ModelConfig, state: Any, *, rows: int, encoder_length: int, decoder_length: int
+) -> Memory:
+    """Estimate of a training step on one device.
+
+    State and gradients are exact (gradients are as large as the parameters, in float32).
+    Activations count what the backward pass keeps of every layer, or with `remat` of every
+    layer's input and of one whole layer, plus one chunk of logits and its gradient.
+
+    Args:
+      config: of the model.
+      state: abstract `TrainState` with shardings.
+      rows: rows of a microbatch on this device.
+      encoder_length: tokens of an encoder row.
+      decoder_length: tokens of a decoder row.
+    """
+    size = 2 if config.dtype == "bfloat16" else 4
+    width, inner = config.d_model, config.num_heads * config.head_dim
+    branches = len(config.activations)
+
+    def feed_forward(tokens: int, sparse: bool) -> int:
+        hidden = (2 * branches + (branches > 1)) * config.d_ff
+        if not sparse:
+            return tokens * hidden * size
+        assert config.moe is not None
+        slots = config.moe.num_experts * capacity(
+            tokens,
+            num_experts=config.moe.num_experts,
+            top_k=config.moe.top_k,
+            capacity_factor=config.moe.capacity_factor,
+            min_capacity=config.moe.min_capacity,
+        )
+        return slots * (2 * width + hidden) * size + tokens * config.moe.num_experts * 4 * 4
+
+    def attention(queries: int, keys: int) -> int:
+        projections = rows * (2 * queries + 2 * keys) * inner * size
+        return projections + 3 * rows * config.num_heads * queries * keys * 4
+
+    def stack(length: int, sparse: tuple[bool, ...], cross: int) -> int:
+        norms = (2 + bool(cross)) * 2 * rows * length * width * size
+        attend = attention(length, length) + (attention(length, cross) if cross else 0)
+        layers = [norms + attend + feed_forward(rows * length, each) for each in sparse]
+        if config.remat == "full":
+            return len(sparse) * rows * length * width * size + max(layers)
+        return sum(layers)
+
+    logits = 3 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
+    activations = (
+        stack(encoder_length, config.encoder_sparse, 0)
+        + stack(decoder_length, config.decoder_sparse, encoder_length)
+        + logits
+    )
+    return Memory(
+        state=_bytes_per_device(state),
+        gradients=_bytes_per_device(state.params),
+        activations=activations,
+    )
+
+
+def available() -> int:
+    """Bytes that one device can hold: an accelerator's limit, or this machine's free memory."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return psutil.virtual_memory().available // jax.local_device_count()
+
+
+def _bytes_per_device(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        elements = 1
+        for size in leaf.sharding.shard_shape(leaf.shape):
+            elements *= size
+        total += elements * leaf.dtype.itemsize
+    return total

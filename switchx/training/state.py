@@ -1,0 +1,92 @@
+"""`TrainState`: everything a step changes, and how it is created on a mesh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, UInt32
+
+from switchx import sharding
+from switchx.training import optimizer as optimizers
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of training after `step` updates.
+
+    Attributes:
+      step: updates done, skipped ones included; int32.
+      params: parameter tree.
+      opt_state: optax state.
+      rng: key data of the run; a step's key is this folded with its number, so a resumed run
+        draws what the unbroken one draws.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    rng: UInt32[Array, " words"]
+
+
+def create_state(
+    model: nn.Module,
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    seed: int,
+    mesh: Mesh,
+) -> tuple[Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+    """Plan a state without allocating it.
+
+    Args:
+      model: a model that is initialised with (encoder tokens, decoder tokens).
+      make_optimizer: from the tree of logical axis names of the parameters.
+      seed: of initialisation and of everything random in training.
+      mesh: where the state will live.
+
+    Returns:
+      The function that creates the state, initialised in place on its devices; the state's
+      shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves); and the optimizer.
+    """
+
+    def init_params() -> Any:
+        # The number of tokens changes no parameter; rows keep routing groups whole.
+        tokens_BT = jnp.zeros((1, 1), jnp.int32)
+        return model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"]
+
+    boxed = jax.eval_shape(init_params)
+    names = sharding.logical_axes(boxed)
+    optimizer = make_optimizer(names)
+
+    def init() -> TrainState:
+        params = nn.unbox(init_params())
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            rng=jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0)),
+        )
+
+    shapes = jax.eval_shape(init)
+    state_names = TrainState(
+        step=(),  # type: ignore[arg-type]
+        params=names,
+        opt_state=optimizers.state_axes(optimizer, shapes.params, names),
+        rng=(),  # type: ignore[arg-type]
+    )
+    state_shardings = sharding.shardings(state_names, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec),
+        shapes,
+        state_shardings,
+    )
+    return jax.jit(init, out_shardings=state_shardings), abstract, optimizer
+
+
+def num_bytes(tree: Any) -> int:
+    """Bytes of all leaves of a tree of arrays or shapes, over all devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,177 @@
+"""One update: forward, gradients over microbatches, guard, optimizer."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from switchx.batch import Batch
+from switchx.models.t5 import output_head
+from switchx.moe.layer import MoeConfig
+from switchx.sharding import constrain
+from switchx.training.losses import LossConfig, cross_entropy
+from switchx.training.metrics import Sums, stack_stats
+from switchx.training.state import TrainState
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """What an update reports.
+
+    Attributes:
+      sums: of the batch.
+      grad_norm: global norm of the gradients, before clipping.
+      finite: whether loss and gradients were finite; if not, the update was left out.
+      norms: "param" and "update" norms by parameter name; empty unless asked for.
+    """
+
+    sums: Sums
+    grad_norm: jax.Array
+    finite: jax.Array
+    norms: dict[str, dict[str, jax.Array]]
+
+
+LossFunction = Callable[[Any, Batch, dict[str, jax.Array] | None, Any], tuple[jax.Array, Sums]]
+
+
+def token_counts(batch: Batch, moe: MoeConfig | None) -> dict[str, jax.Array]:
+    """What the parts of the loss are divided by: target tokens, and tokens routed per stack."""
+    encoder, decoder = batch.encoder_segment_ids != 0, batch.decoder_segment_ids != 0
+    if moe is not None and moe.route_padding:
+        encoder, decoder = jnp.ones_like(encoder), jnp.ones_like(decoder)
+    counts = {
+        "targets": jnp.sum(batch.decoder_loss_weights),
+        "encoder": jnp.sum(encoder),
+        "decoder": jnp.sum(decoder),
+    }
+    return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
+
+
+def make_loss(
+    model: nn.Module, loss_config: LossConfig, moe: MoeConfig | None, *, train: bool
+) -> LossFunction:
+    """Loss of a batch, or a microbatch's share of its batch's loss.
+
+    ``loss(params, batch, rngs, counts)`` is Σ (CE + z-loss) / targets + Σ over stacks of
+    (α Σ load balance + c Σ router z) / tokens, with the `token_counts` of the whole batch: the
+    losses of microbatches add up to the loss of the batch, and so do their gradients.
+    """
+
+    def loss(
+        params: Any, batch: Batch, rngs: dict[str, jax.Array] | None, counts: dict[str, jax.Array]
+    ) -> tuple[jax.Array, Sums]:
+        output = model.apply(
+            {"params": params},
+            batch.encoder_tokens,
+            batch.decoder_input_tokens,
+            encoder_segment_ids=batch.encoder_segment_ids,
+            decoder_segment_ids=batch.decoder_segment_ids,
+            train=train,
+            rngs=rngs,
+            method="features",
+        )
+        token_loss, tokens = cross_entropy(
+            output.decoded,
+            output_head(params).astype(output.decoded.dtype),
+            batch.decoder_target_tokens,
+            batch.decoder_loss_weights,
+            z_loss=loss_config.z_loss,
+            label_smoothing=loss_config.label_smoothing,
+        )
+        total = token_loss / counts["targets"]
+        router = stack_stats(output.router)
+        for stack, stats in router.items():
+            assert moe is not None
+            total += moe.load_balance_weight * jnp.sum(stats.load_balance) / counts[stack]
+            total += moe.router_z_weight * jnp.sum(stats.router_z) / counts[stack]
+        segment_ids = (batch.encoder_segment_ids, batch.decoder_segment_ids)
+        return total, Sums(
+            tokens=tokens,
+            router=router,
+            num_tokens=sum(jnp.sum(ids != 0) for ids in segment_ids).astype(jnp.float32),
+            num_positions=jnp.float32(sum(ids.size for ids in segment_ids)),
+        )
+
+    return loss
+
+
+def make_train_step(
+    model: nn.Module,
+    loss_config: LossConfig,
+    moe: MoeConfig | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_microbatches: int = 1,
+    log_norms: bool = False,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The function that makes one update; jit it with the state donated.
+
+    With k microbatches the batch is cut into k runs of rows whose gradients are added up, which
+    costs the memory of one and gives the update of the whole. A loss or gradient that is not
+    finite leaves parameters and optimizer as they were; `StepMetrics.finite` says so.
+    """
+    loss = make_loss(model, loss_config, moe, train=True)
+    value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, Sums]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        counts = token_counts(batch, moe)
+
+        def microbatch_gradients(index: Any, rows: Batch) -> tuple[jax.Array, Any, Sums]:
+            dropout, jitter = jax.random.split(jax.random.fold_in(key, index))
+            rngs = {"dropout": dropout, "jitter": jitter}
+            (value, sums), grads = value_and_grad(state.params, rows, rngs, counts)
+            return value, grads, sums
+
+        if num_microbatches == 1:
+            return microbatch_gradients(0, batch)
+
+        def cut(leaf: jax.Array) -> jax.Array:
+            rows = leaf.shape[0] // num_microbatches
+            return constrain(
+                leaf.reshape(num_microbatches, rows, *leaf.shape[1:]), None, "batch", None
+            )
+
+        def add(total: Any, indexed: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, microbatch_gradients(*indexed)), None
+
+        microbatches = jax.tree.map(cut, batch)
+        first = jax.tree.map(lambda leaf: leaf[0], microbatches)
+        shapes = jax.eval_shape(microbatch_gradients, jnp.int32(0), first)
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        total, _ = jax.lax.scan(add, zeros, (jnp.arange(num_microbatches), microbatches))
+        return total
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        value, grads, sums = gradients(state, batch)
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+        # Leaf by leaf: XLA fuses the choice into the update, in place.
+        def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(finite, new, old)
+
+        new_state = state.replace(
+            step=state.step + 1,
+            params=jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params),
+            opt_state=jax.tree.map(choose, opt_state, state.opt_state),
+        )
+        norms = {}
+        if log_norms:
+            norms = {"param": _norms(state.params), "update": _norms(updates)}
+        return new_state, StepMetrics(sums=sums, grad_norm=grad_norm, finite=finite, norms=norms)
+
+    return train_step
+
+
+def _norms(tree: Any) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.linalg.norm(leaf.ravel())
+        for path, leaf in leaves
+    }
