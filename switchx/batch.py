@@ -1,11 +1,12 @@
 """`Batch`: the one struct between data and model."""
 
+from typing import Any
+
 import flax.struct
-import jax
-import numpy as np
 from jaxtyping import Float, Int
 
-Array = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+# NumPy on the host, jax inside a step, shapes or shardings where a batch is only described.
+Array = Any
 
 
 @flax.struct.dataclass

@@ -58,8 +58,9 @@ def build(
         )
         gin.finalize()
         config = gin.get_configurable(config_class)()
-    except UserError:
-        raise
+    except UserError as error:
+        # Gin adds lines to the message that say which configurable it was calling.
+        raise UserError(str(error).splitlines()[0]) from None
     except Exception as error:
         raise UserError(_explain(error)) from error
     _check_all_used()
@@ -101,7 +102,9 @@ def main(config_class: type[T], run: Callable[[T, str], Any], description: str) 
     bindings = []
     for flag in rest:
         if not flag.startswith("--gin."):
-            parser.error(f"unknown flag {flag!r}{closest(flag, ['--gin_file', '--gin.NAME=VALUE'])}")
+            parser.error(
+                f"unknown flag {flag!r}{closest(flag, ['--gin_file', '--gin.NAME=VALUE'])}"
+            )
         if "=" not in flag:
             parser.error(f"{flag}: write {flag}=VALUE")
         bindings.append(flag.removeprefix("--gin."))
@@ -129,7 +132,9 @@ def _check_file(file: str, roots: Sequence[str]) -> None:
     if found is None:
         folder = pathlib.Path(file).parent
         siblings = [
-            str(folder / path.name) for root in roots for path in pathlib.Path(root, folder).glob("*.gin")
+            str(folder / path.name)
+            for root in roots
+            for path in pathlib.Path(root, folder).glob("*.gin")
         ]
         raise UserError(f"--gin_file={file}: no such file{closest(file, set(siblings))}")
     first_line: dict[str, int] = {}
@@ -192,25 +197,33 @@ def _check_all_used() -> None:
 
 def _explain(error: Exception) -> str:
     """One line out of gin's message, with the mend where it can be found."""
-    cause: BaseException = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    if isinstance(cause, UserError):
-        return str(cause)
     text = " ".join(str(error).split())
-    if match := re.search(r"Configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'", text):
-        selector, parameter = match.groups()
-        name = selector.split(".")[-1]
-        return f"{name} has no field {parameter!r}{closest(parameter, _fields(selector))}{_where(text)}"
+    where = _where(text)
+    if match := re.search(
+        r"Configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'", text
+    ):
+        name, field = match[1].split(".")[-1], match[2]
+        return f"{name} has no field {field!r}{closest(field, _fields(match[1]))}{where}"
+    if match := re.search(r"No bindings specified for '(\w+)/gin.macro'", text):
+        return f"{match[1]} has no value; give --gin.{match[1]}=VALUE or bind it in the gin file"
+    if match := re.search(r"No configurable matching '([\w.]+)'", text):
+        return f"there is nothing called {match[1]!r} to bind{closest(match[1], _names())}{where}"
+    if match := re.search(r"Couldn't resolve selector ([\w.]+)", text):
+        module, _, name = match[1].rpartition(".")
+        known = [each for each in _names() if each != name]
+        return f"{module or 'gin'} has no {name!r}{closest(name, known)}{where}"
     return text
 
 
+def _names() -> list[str]:
+    """Names that can be bound: the dataclasses gin has seen."""
+    selectors = [selector for _, selector in gin_config._CONFIG]
+    return sorted({selector.split(".")[-1] for selector in selectors} - {"macro"})
+
+
 def _fields(selector: str) -> list[str]:
-    try:
-        configurable = gin_config._REGISTRY.get_match(selector)
-        return list(configurable.wrapped.__dataclass_fields__)
-    except Exception:
-        return []
+    configurable = gin_config._REGISTRY.get_match(selector)
+    return list(getattr(getattr(configurable, "wrapped", None), "__dataclass_fields__", ()))
 
 
 def _where(text: str) -> str:

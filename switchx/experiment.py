@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "checkpoint_period",
     "log_period",
     "num_samples",
+    "sample_length",
     "keep_checkpoints",
     "keep_best_checkpoints",
     "model_dir",
@@ -51,7 +52,8 @@ class Experiment:
       log_period: steps between rows of training metrics.
       log_norms: add parameter and update norms, by parameter, to those rows.
       on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
-      num_samples: validation examples decoded at every evaluation.
+      num_samples: validation examples decoded at every evaluation, 0 for none.
+      sample_length: tokens decoded of each.
     """
 
     model: ModelConfig
@@ -74,6 +76,7 @@ class Experiment:
     log_norms: bool = False
     on_nonfinite: str = "stop"
     num_samples: int = 4
+    sample_length: int = 32
 
     def __post_init__(self):
         check_types(self)
@@ -84,6 +87,7 @@ class Experiment:
             "keep_checkpoints",
             "num_microbatches",
             "log_period",
+            "sample_length",
         ):
             check_range(self, field, getattr(self, field) >= 1, "at least 1")
         check_range(
@@ -142,20 +146,33 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
     if model.moe is None:
         return
     _check_axis(mesh, "expert", "moe.num_experts", model.moe.num_experts)
-    for feature, length in data.task_feature_lengths.items():
-        whole = group_shape(rows, length, model.moe.group_size)
-        piece = group_shape(rows // pieces, length, model.moe.group_size)
+    if not _groups_fit(experiment, model.moe.group_size, shards):
+        sizes = {
+            group_rows * length
+            for length in data.task_feature_lengths.values()
+            for group_rows in range(1, rows // pieces + 1)
+        }
+        fits = [size for size in sorted(sizes) if _groups_fit(experiment, size, shards)]
+        raise UserError(
+            f"MoeConfig.group_size = {model.moe.group_size}: routing groups of so many tokens do "
+            f"not divide over {pieces} microbatch(es) x {shards} device(s) with BATCH_SIZE = "
+            f"{rows} and TASK_FEATURE_LENGTHS = {data.task_feature_lengths}; sizes that fit: "
+            f"{', '.join(map(str, fits)) or 'none, raise BATCH_SIZE'}"
+        )
+
+
+def _groups_fit(experiment: Experiment, group_size: int | str, shards: int) -> bool:
+    """Whether groups are the same in a microbatch as in the batch, and divide over devices."""
+    rows, pieces = experiment.data.batch_size, experiment.num_microbatches
+    for length in experiment.data.task_feature_lengths.values():
+        try:
+            whole = group_shape(rows, length, group_size)
+            piece = group_shape(rows // pieces, length, group_size)
+        except UserError:
+            return False
         if whole[1] != piece[1] or piece[0] % shards:
-            fits = [
-                group_rows * length
-                for group_rows in range(1, rows // pieces + 1)
-                if (rows // pieces) % (group_rows * shards) == 0
-            ]
-            raise UserError(
-                f"MoeConfig.group_size = {model.moe.group_size}: routing groups of {whole[1]} "
-                f"{feature} tokens do not divide over {pieces} microbatch(es) x {shards} "
-                f"device(s); sizes that fit {feature}: {', '.join(map(str, fits))}"
-            )
+            return False
+    return True
 
 
 def _near_multiples(value: int, factor: int) -> str:

@@ -37,13 +37,14 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
         f"{model.num_heads} heads, vocabulary {model.vocab_size}{experts}",
         f"parameters   {model.num_params:,} in all, {model.num_active_params:,} per token",
-        f"data         {experiment.data.mixture_or_task_name}: {experiment.data.batch_size} rows of "
+        f"data         {experiment.data.mixture_or_task_name}: "
+        f"{experiment.data.batch_size} rows of "
         f"{encoder_length} + {decoder_length} tokens, "
         f"{experiment.num_microbatches} microbatch(es)",
         f"compute      {experiment.train_flops:.3g} model FLOPs a step, "
         f"{model.dtype} activations, {experiment.train_steps} steps",
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
-        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, activations "
+        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, activations "
         f"{_gib(need.activations)}{warning}",
         f"devices      {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",

@@ -180,7 +180,7 @@ class _Run:
         print(f"starting from the {what} of {experiment.initial_checkpoint_path}", flush=True)
         if experiment.initial_optimizer:
             return loaded, None
-        return create().replace(params=loaded.params), None
+        return dataclasses.replace(create(), params=loaded.params), None
 
     def _compile(self, optimizer: Any, abstract: TrainState) -> Any:
         experiment = self.experiment
@@ -208,9 +208,7 @@ class _Run:
 
     def _place(self, batch: Batch) -> Batch:
         where = sharding.batch_sharding(self.mesh)
-        return jax.tree.map(
-            lambda rows: jax.make_array_from_process_local_data(where, rows), batch
-        )
+        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows), batch)
 
     def _write_descriptions(self, config_gin: str) -> None:
         if config_gin:
@@ -273,7 +271,7 @@ class _Run:
                 self.experiment.model,
                 state.params,
                 batch.encoder_tokens,
-                max_length=self.experiment.lengths[1],
+                max_length=min(self.experiment.sample_length, self.experiment.lengths[1]),
             )
         )
         data = self.experiment.data

@@ -91,27 +91,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def logical_axes(boxed: Any) -> Any:
-    """Tree of logical-name tuples for a tree of boxed parameters, as `module.init` returns."""
-    return jax.tree.map(
-        lambda leaf: tuple(leaf.names) if isinstance(leaf, nn.Partitioned) else (),
-        boxed,
-        is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned),
-    )
-
-
-def is_names(leaf: Any) -> bool:
-    """Whether a leaf of an axes tree is a tuple of logical names."""
-    return isinstance(leaf, tuple) and all(name is None or isinstance(name, str) for name in leaf)
+    """Tree of `PartitionSpec`s of logical names for boxed parameters, as `module.init` gives."""
+    return nn.get_partition_spec(boxed)
 
 
 def shardings(names: Any, mesh: Mesh) -> Any:
-    """Tree of `NamedSharding` for a tree of logical-name tuples, by `RULES`."""
+    """Tree of `NamedSharding`s for a tree of `PartitionSpec`s of logical names, by `RULES`."""
     rules = dict(RULES)
 
-    def sharding(leaf: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(rules[name] if name else None for name in leaf)))
+    def sharding(spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*(rules[name] if name else None for name in spec)))
 
-    return jax.tree.map(sharding, names, is_leaf=is_names)
+    return jax.tree.map(sharding, names, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

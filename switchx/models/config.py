@@ -82,7 +82,10 @@ class ModelConfig:
             "sparse_every",
         ):
             check_range(self, field, getattr(self, field) >= 1, "at least 1")
-        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        buckets, distance = (
+            self.relative_attention_num_buckets,
+            self.relative_attention_max_distance,
+        )
         check_range(
             self,
             "relative_attention_num_buckets",
@@ -231,5 +234,7 @@ def _from_dict(cls: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(cls)}
     for name in values:
         if name not in known:
-            raise UserError(f"model.json: {cls.__name__} has no field {name!r}{closest(name, known)}")
+            raise UserError(
+                f"model.json: {cls.__name__} has no field {name!r}{closest(name, known)}"
+            )
     return cls(**values)

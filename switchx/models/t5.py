@@ -1,5 +1,6 @@
 """The T5 encoder-decoder, dense or with Switch layers."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -218,7 +219,7 @@ class T5(nn.Module):
     ) -> T5Output:
         """Teacher-forced forward pass with logits. Arguments are those of `features`."""
         output = self.features(encoder_tokens, decoder_input_tokens, train=train, **inputs)
-        return output.replace(logits=self.logits(output.decoded))
+        return dataclasses.replace(output, logits=self.logits(output.decoded))
 
     def features(
         self,

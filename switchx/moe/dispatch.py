@@ -22,9 +22,7 @@ def _rows(table_ND: jax.Array, index: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _to_slots(
-    x_MD: jax.Array, choice_S: Int[Array, " S"], slot_MK: Int[Array, "M K"]
-) -> jax.Array:
+def _to_slots(x_MD: jax.Array, choice_S: Int[Array, " S"], slot_MK: Int[Array, "M K"]) -> jax.Array:
     """Slot s gets the token of its choice; empty slots get zeros. [M, D] → [S, D]."""
     return _rows(x_MD, choice_S // slot_MK.shape[-1])
 

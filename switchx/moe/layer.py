@@ -248,7 +248,8 @@ class MoeLayer(nn.Module):
         stats = balance.router_stats(logits_GME, choice, slots, mask_GM)
         if self.capture_router:
             rows = (batch, length, -1)
-            stats = stats.replace(
+            stats = dataclasses.replace(
+                stats,
                 logits=logits_GME.reshape(rows),
                 expert_index=choice.expert_index_GMK.reshape(rows),
                 gate=choice.gate_GMK.reshape(rows),

@@ -50,9 +50,7 @@ def capacity(
     return min(max(balanced, min_capacity, 1), group_tokens)
 
 
-def place(
-    choice: Choice, mask_GM: Bool[Array, "G M"], *, num_experts: int, capacity: int
-) -> Slots:
+def place(choice: Choice, mask_GM: Bool[Array, "G M"], *, num_experts: int, capacity: int) -> Slots:
     """Give each choice the next free slot of its expert, until the expert's slots are full.
 
     Within a group all first choices come before any second choice, and each of those in token

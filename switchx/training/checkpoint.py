@@ -1,5 +1,6 @@
 """Checkpoints: saved in the background, committed by rename, restored to any sharding."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -146,7 +147,7 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         _check_same(dict(saved.tree if hasattr(saved, "tree") else saved), abstract.params, path)
         params = checkpointer.restore(directory / "params", abstract.params)
         if not optimizer:
-            return abstract.replace(params=params)
+            return dataclasses.replace(abstract, params=params)
         rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
         return TrainState(params=params, **rest)
 

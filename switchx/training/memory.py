@@ -14,12 +14,13 @@ class Memory(NamedTuple):
 
     state: int
     gradients: int
+    update: int
     activations: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.state + self.gradients + self.activations
+        return sum(self)
 
 
 def estimate(
@@ -27,7 +28,8 @@ def estimate(
 ) -> Memory:
     """Estimate of a training step on one device.
 
-    State and gradients are exact (gradients are as large as the parameters, in float32).
+    State and gradients are exact (gradients are as large as the parameters, in float32). The
+    update needs two temporaries of the largest parameter: before and after clipping.
     Activations count what the backward pass keeps of every layer, or with `remat` of every
     layer's input and of one whole layer, plus one chunk of logits and its gradient.
 
@@ -77,6 +79,7 @@ def estimate(
     return Memory(
         state=_bytes_per_device(state),
         gradients=_bytes_per_device(state.params),
+        update=2 * max(map(_bytes_per_device, jax.tree.leaves(state.params))),
         activations=activations,
     )
 

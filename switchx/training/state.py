@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int, UInt32
 
 from switchx import sharding
@@ -73,10 +73,10 @@ def create_state(
 
     shapes = jax.eval_shape(init)
     state_names = TrainState(
-        step=(),  # type: ignore[arg-type]
+        step=PartitionSpec(),  # type: ignore[arg-type]
         params=names,
         opt_state=optimizers.state_axes(optimizer, shapes.params, names),
-        rng=(),  # type: ignore[arg-type]
+        rng=PartitionSpec(),  # type: ignore[arg-type]
     )
     state_shardings = sharding.shardings(state_names, mesh)
     abstract = jax.tree.map(

@@ -1,7 +1,8 @@
 """One update: forward, gradients over microbatches, guard, optimizer."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from switchx.batch import Batch
-from switchx.models.t5 import output_head
+from switchx.models.t5 import T5Output, output_head
 from switchx.moe.layer import MoeConfig
 from switchx.sharding import constrain
 from switchx.training.losses import LossConfig, cross_entropy
@@ -64,7 +65,7 @@ def make_loss(
     def loss(
         params: Any, batch: Batch, rngs: dict[str, jax.Array] | None, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
-        output = model.apply(
+        applied = model.apply(
             {"params": params},
             batch.encoder_tokens,
             batch.decoder_input_tokens,
@@ -74,6 +75,7 @@ def make_loss(
             rngs=rngs,
             method="features",
         )
+        output = cast(T5Output, applied)
         token_loss, tokens = cross_entropy(
             output.decoded,
             output_head(params).astype(output.decoded.dtype),
@@ -92,7 +94,7 @@ def make_loss(
         return total, Sums(
             tokens=tokens,
             router=router,
-            num_tokens=sum(jnp.sum(ids != 0) for ids in segment_ids).astype(jnp.float32),
+            num_tokens=jnp.float32(sum(jnp.sum(ids != 0) for ids in segment_ids)),
             num_positions=jnp.float32(sum(ids.size for ids in segment_ids)),
         )
 
@@ -156,7 +158,8 @@ def make_train_step(
         def choose(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old)
 
-        new_state = state.replace(
+        new_state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params),
             opt_state=jax.tree.map(choose, opt_state, state.opt_state),

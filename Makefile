@@ -1,0 +1,26 @@
+# Two commands do everything: `make train` and `make test`. Both set up .venv on first use.
+PYTHON ?= python3
+GIN_FILE ?= gin_configs/switch_tiny.gin
+ARGS ?=
+
+.PHONY: train test lint clean
+
+train: .venv/installed
+	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+lint: .venv/installed
+	.venv/bin/pre-commit run --all-files
+
+.venv/installed: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "switchx needs Python 3.11 to 3.13; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --upgrade pip
+	.venv/bin/python -m pip install --quiet --requirement requirements.txt
+	.venv/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch .venv/installed
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,153 @@
+"""Runs that are killed and started again, as a user would: by command line and signals."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+LAST_STEP = 40
+TIMING = ("tokens_per_second", "step_seconds", "mfu")
+
+
+def start(directory: pathlib.Path, *bindings: str) -> subprocess.Popen:
+    command = [
+        sys.executable,
+        "scripts/train.py",
+        "--gin_file=gin_configs/switch_tiny.gin",
+        f"--gin.MODEL_DIR={directory}",
+        f"--gin.TRAIN_STEPS={LAST_STEP}",
+        "--gin.EVAL_PERIOD=15",
+        "--gin.EVAL_STEPS=2",
+        "--gin.CHECKPOINT_PERIOD=7",
+        "--gin.BATCH_SIZE=8",
+        "--gin.DROPOUT_RATE=0.1",
+        "--gin.ModelConfig.d_model=32",
+        "--gin.ModelConfig.d_ff=48",
+        "--gin.ModelConfig.num_encoder_layers=2",
+        "--gin.ModelConfig.num_decoder_layers=2",
+        "--gin.Experiment.log_period=1",
+        "--gin.Experiment.num_samples=2",
+        "--gin.Experiment.sample_length=4",
+        *bindings,
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    # Every start compiles the same programs; only the first one need do so.
+    environment |= {
+        "JAX_COMPILATION_CACHE_DIR": str(directory.parents[1] / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(directory: pathlib.Path) -> list[dict]:
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def reproducible(directory: pathlib.Path) -> list[dict]:
+    """Metrics without the clock, which no run repeats."""
+    return [{key: row[key] for key in row if key not in TIMING} for row in rows(directory)]
+
+
+def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int) -> None:
+    for _ in range(30_000):
+        if any(row["step"] >= step for row in rows(directory)):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come")
+
+
+def assert_same_run(directory: pathlib.Path, other: pathlib.Path) -> None:
+    assert reproducible(directory) == reproducible(other)
+    assert (directory / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
+    with ocp.StandardCheckpointer() as checkpointer:
+        for item in ("params", "optimizer"):
+            trees = [
+                checkpointer.restore(path.absolute() / "checkpoints" / str(LAST_STEP) / item)
+                for path in (directory, other)
+            ]
+            leaves, others = (ocp.tree.to_flat_dict(tree) for tree in trees)
+            assert leaves.keys() == others.keys()
+            for name, leaf in leaves.items():
+                np.testing.assert_array_equal(leaf, others[name], err_msg=str(name))
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> pathlib.Path:
+    directory = tmp_path_factory.mktemp("unbroken") / "run"
+    finish(start(directory))
+    return directory
+
+
+def test_a_run_that_is_killed_three_times_is_bitwise_the_unbroken_run(unbroken, tmp_path):
+    directory = tmp_path / "run"
+    for step in sorted(random.Random(1).sample(range(2, LAST_STEP - 2), 3)):
+        process = start(directory)
+        wait_for_step(process, directory, step)
+        process.kill()
+        process.communicate()
+        assert not (directory / "DONE").exists()
+    output = finish(start(directory))
+    assert "resuming" in output
+    assert (directory / "DONE").exists()
+    assert [row["step"] for row in rows(directory) if row["split"] == "train"] == list(
+        range(1, LAST_STEP + 1)
+    )
+    assert_same_run(directory, unbroken)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_how_to_go_on_and_exits(unbroken, tmp_path, signum):
+    directory = tmp_path / "run"
+    process = start(directory)
+    wait_for_step(process, directory, 10)
+    process.send_signal(signum)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum
+    assert "same command" in output and "Traceback" not in output
+    stopped = max(row["step"] for row in rows(directory))
+    assert 10 <= stopped < LAST_STEP
+    assert (directory / "checkpoints" / str(stopped)).is_dir()
+    finish(start(directory))
+    assert_same_run(directory, unbroken)
+
+
+def test_a_half_written_checkpoint_is_never_restored(unbroken, tmp_path):
+    directory = tmp_path / "run"
+    process = start(directory)
+    wait_for_step(process, directory, 16)
+    process.kill()
+    process.communicate()
+    # What a kill during a save leaves behind: a folder under a temporary name.
+    saved = directory / "checkpoints"
+    newest = max(
+        (path for path in saved.iterdir() if path.name.isdigit()), key=lambda p: int(p.name)
+    )
+    newest.rename(saved / f"{newest.name}.orbax-checkpoint-tmp")
+    output = finish(start(directory))
+    assert f"from step {newest.name}" not in output
+    assert_same_run(directory, unbroken)
