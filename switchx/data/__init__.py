@@ -1,0 +1,1 @@
+"""Text in, batches out. The only folder that imports TensorFlow."""

@@ -1,0 +1,264 @@
+"""Text on disk: the embedded prose and tasks, and files of the user's own, read and checked.
+
+Everything is read into memory, so a file is checked to its last line before training starts and
+a shuffle is a permutation of the whole. Text that does not fit belongs in TFDS or a token cache.
+"""
+
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+from switchx.errors import UserError, closest
+
+EMBEDDED = pathlib.Path(__file__).parent / "embedded"
+SPLITS = ("train", "validation", "test")
+FORMATS = ("jsonl", "tsv", "text")
+PIECE_CHARACTERS = 2000
+
+_FORMAT_OF_SUFFIX = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+}
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+# One example: a text per field. Alternatives a metric accepts are one text, a line each.
+Example = Mapping[str, str]
+
+
+@functools.cache
+def checksums() -> Mapping[str, str]:
+    """SHA-256 of every embedded file by its path, as SHA256SUMS records them."""
+    lines = (EMBEDDED / "SHA256SUMS").read_text().splitlines()
+    return {path: digest for digest, path in (line.split(maxsplit=1) for line in lines)}
+
+
+def read_embedded(relative_path: str) -> bytes:
+    """Decompressed bytes of an embedded file, checked against its recorded SHA-256.
+
+    Raises:
+      UserError: the file is missing or is not the one that was shipped.
+    """
+    path = EMBEDDED / relative_path
+    if not path.is_file():
+        raise UserError(f"embedded file {relative_path!r} is missing; reinstall switchx")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != checksums()[relative_path]:
+        raise UserError(f"embedded file {relative_path!r} is damaged; reinstall switchx")
+    return {".gz": gzip.decompress, ".xz": lzma.decompress}[path.suffix](raw)
+
+
+@functools.lru_cache(maxsize=2)
+def embedded_prose(split: str) -> tuple[str, ...]:
+    """Paragraph-sized pieces of the embedded prose; `split` is 'train' or 'validation'."""
+    return tuple(read_embedded(f"prose.{split}.txt.xz").decode("utf-8").strip("\n").split("\n"))
+
+
+def embedded_task(name: str, split: str) -> list[Example]:
+    """Examples of an embedded task: 'inputs', 'targets' and 'references' (one a line)."""
+    text = read_embedded(f"tasks/{name}.{split}.jsonl.gz").decode("utf-8")
+    examples = []
+    for line in text.strip("\n").split("\n"):
+        row = json.loads(line)
+        references = row.get("refs", [row["targets"]])
+        examples.append(
+            {
+                "inputs": row["inputs"],
+                "targets": row["targets"],
+                "references": "\n".join(references),
+            }
+        )
+    return examples
+
+
+def expand(files: Sequence[str]) -> list[pathlib.Path]:
+    """The files that paths and globs name, sorted, each once.
+
+    Raises:
+      UserError: a path that does not exist, a folder, or a glob that matches nothing.
+    """
+    paths: set[pathlib.Path] = set()
+    for pattern in files:
+        if glob.has_magic(pattern) and not os.path.exists(pattern):
+            matches = [p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)]
+            if not matches:
+                raise UserError(f"no file matches {pattern!r}")
+            paths.update(map(pathlib.Path, matches))
+        elif os.path.isdir(pattern):
+            raise UserError(f"{pattern!r} is a folder; name its files, e.g. {pattern + '/*.txt'!r}")
+        elif not os.path.exists(pattern):
+            raise UserError(f"file {pattern!r} does not exist")
+        else:
+            paths.add(pathlib.Path(pattern))
+    return sorted(paths)
+
+
+def file_format(path: pathlib.Path) -> str:
+    """'jsonl', 'tsv' or 'text', by the file's extension (under .gz or .xz)."""
+    suffixes = [s for s in path.suffixes if s not in _OPENERS]
+    found = _FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
+    if found is None:
+        raise UserError(
+            f"cannot tell the format of {str(path)!r} by its extension; "
+            f"set format to one of {', '.join(FORMATS)}"
+        )
+    return found
+
+
+def read_files(
+    paths: Sequence[pathlib.Path], fields: Mapping[str, str], file_format_name: str | None = None
+) -> list[Example]:
+    """Examples of the files in order. `fields` maps names wanted to field names in the files.
+
+    Plain text has no fields: its pieces come under the only name wanted.
+
+    Raises:
+      UserError: an unreadable or broken file (with the line), a missing field, no example.
+    """
+    examples: list[Example] = []
+    for path in paths:
+        kind = file_format_name or file_format(path)
+        if kind == "text":
+            (name,) = fields
+            found = [{name: piece} for piece in pieces(_read(path))]
+        else:
+            rows = _json_rows(path) if kind == "jsonl" else _tsv_rows(path)
+            found = [
+                {name: _field(row, field, where) for name, field in fields.items()}
+                for where, row in rows
+            ]
+        if not found:
+            raise UserError(f"file {str(path)!r} holds no example; it is empty")
+        examples += found
+    return examples
+
+
+def pieces(text: str) -> list[str]:
+    """Cut a text into pieces of at most 2,000 characters, at blank lines where there are any.
+
+    Paragraphs are put together while they fit; a longer one is cut at its last white space that
+    fits, or in a word if there is none.
+    """
+    found: list[str] = []
+    pending = ""
+    for paragraph in _paragraphs(text):
+        while len(paragraph) > PIECE_CHARACTERS:
+            if pending:
+                found.append(pending)
+                pending = ""
+            head = paragraph[: PIECE_CHARACTERS + 1]
+            cut = max(head.rfind(" "), head.rfind("\n"), head.rfind("\t"))
+            cut = cut if cut > 0 else PIECE_CHARACTERS
+            found.append(paragraph[:cut].rstrip())
+            paragraph = paragraph[cut:].lstrip()
+        if not paragraph:
+            continue
+        joined = f"{pending}\n\n{paragraph}" if pending else paragraph
+        if len(joined) > PIECE_CHARACTERS:
+            found.append(pending)
+            joined = paragraph
+        pending = joined
+    return found + [pending] if pending else found
+
+
+def hold_out(
+    examples: Sequence[Example], field: str, fraction: float
+) -> tuple[list[Example], list[Example]]:
+    """Split examples into (train, validation) by a hash of `field`.
+
+    The split depends on each example's content alone, so it survives reordering and added files,
+    and equal contents land on the same side. If no hash falls under `fraction`, the content with
+    the smallest one is held out.
+
+    Raises:
+      UserError: fewer than two distinct contents, so that one side would be empty.
+    """
+    hashes = [_hash(example[field]) for example in examples]
+    if len(set(hashes)) < 2:
+        raise UserError(
+            "one example cannot be split into train and validation; set validation_files"
+        )
+    limit = max(min(hashes), fraction)
+    if limit >= max(hashes):
+        limit = sorted(set(hashes))[-2]
+    train = [e for e, h in zip(examples, hashes, strict=True) if h > limit]
+    validation = [e for e, h in zip(examples, hashes, strict=True) if h <= limit]
+    return train, validation
+
+
+def _hash(text: str) -> float:
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _read(path: pathlib.Path) -> str:
+    opener = _OPENERS.get(path.suffix, open)
+    try:
+        with opener(path, "rb") as file:
+            raw = file.read()
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise UserError(f"file {str(path)!r} cannot be read: {error}") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from error
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    lines: list[str] = []
+    for line in [*text.replace("\r\n", "\n").split("\n"), ""]:
+        if line.strip():
+            lines.append(line.rstrip())
+        elif lines:
+            yield "\n".join(lines).strip()
+            lines = []
+
+
+def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    # Not splitlines(): JSON strings may hold U+2028 and the like, which are no line ends here.
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
+        yield where, row
+
+
+def _tsv_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    lines = _read(path).replace("\r\n", "\n").split("\n")
+    columns = lines[0].split("\t")
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        values = line.split("\t")
+        if len(values) != len(columns):
+            raise UserError(
+                f"{path}:{number}: {len(values)} columns where the header has {len(columns)}"
+            )
+        yield f"{path}:{number}", dict(zip(columns, values, strict=True))
+
+
+def _field(row: Mapping[str, object], field: str, where: str) -> str:
+    if field not in row:
+        raise UserError(f"{where}: no field {field!r}{closest(field, map(str, row))}")
+    value = row[field]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    raise UserError(f"{where}: field {field!r} is {type(value).__name__}, expected a string")

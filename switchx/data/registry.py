@@ -1,0 +1,322 @@
+"""Declarations to seqio: sources, tasks and mixtures on one vocabulary, found by name.
+
+Objects are built for a `DataConfig`, not kept in seqio's global registries, so the same task name
+can serve two vocabularies in one process; `register` enters them there for seqio's own tools.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from switchx.data import corpus, mixtures, preprocessors, tasks, vocabulary
+from switchx.data.backend import seqio, tf
+from switchx.data.preprocessors import plain
+from switchx.data.text_metrics import METRICS
+from switchx.errors import UserError, closest
+
+if TYPE_CHECKING:
+    from switchx.data.pipeline import DataConfig
+
+# Rows cut from one text are neighbours; this many are shuffled before they are batched.
+ROW_SHUFFLE_BUFFER = 1000
+
+
+class MemorySource(seqio.DataSource):
+    """A source of examples held in memory: shuffles the whole, and shards by example.
+
+    A shuffled epoch is one permutation of all examples, and a repeated dataset takes a new one
+    each time round. A shard is every num_shards-th example of that order.
+    """
+
+    def __init__(
+        self, splits: Sequence[str], read: Callable[[str], Sequence[corpus.Example]]
+    ) -> None:
+        """`read` maps a split name to its examples; called once a split, when first used."""
+        super().__init__(splits=splits, caching_permitted=False, performs_internal_shuffling=True)
+        self._read = read
+        self._made: dict[str, Sequence[corpus.Example]] = {}
+
+    def examples(self, split: str) -> Sequence[corpus.Example]:
+        """Every example of a split."""
+        if split not in self._made:
+            self._made[split] = self._read(split)
+        return self._made[split]
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """Any number of shards will do."""
+        return True
+
+    def list_shards(self, split: str) -> Sequence[str]:
+        """One name: sharding is by example."""
+        return [split]
+
+    def num_input_examples(self, split: str) -> int:
+        """Number of examples of a split."""
+        return len(self.examples(split))
+
+    def get_dataset(
+        self,
+        split: str = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        **unused,
+    ) -> tf.data.Dataset:
+        """Dataset of dicts of strings, in order or in an order drawn from `seed`."""
+        del unused
+        examples = self.examples(split)
+        columns = {key: tf.constant([e[key] for e in examples]) for key in examples[0]}
+        indices = tf.data.Dataset.range(len(examples))
+        if shuffle:
+            indices = indices.shuffle(len(examples), seed=seed)
+        if shard_info and shard_info.num_shards > 1:
+            indices = indices.shard(shard_info.num_shards, shard_info.index)
+        return indices.map(plain(lambda i: {k: tf.gather(c, i) for k, c in columns.items()}))
+
+
+def find(config: "DataConfig", name: str | None = None) -> seqio.Task | seqio.Mixture:
+    """The task or mixture called `name` (None: the configuration's own), on its vocabulary.
+
+    Names are looked up among the configuration's own tasks, the embedded ones, and whatever
+    Python code has put into seqio's registries.
+
+    Raises:
+      UserError: unknown name, or anything wrong with the data behind it.
+    """
+    name = config.mixture_or_task_name if name is None else name
+    own = {declared.name: declared for declared in config.tasks}
+    if name in own or name in tasks.EMBEDDED or name in mixtures.EMBEDDED:
+        declared = own.get(name, mixtures.EMBEDDED.get(name, name))
+        if isinstance(declared, mixtures.Mixture):
+            return _mixture(config, declared)
+        return _task(config, declared)
+    if name in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
+        found = seqio.get_mixture_or_task(name)
+        _check_features(config, found)
+        return found
+    known = {*own, *tasks.EMBEDDED, *mixtures.EMBEDDED}
+    known |= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
+    raise UserError(f"no task or mixture is called {name!r}{closest(name, known)}")
+
+
+def register(config: "DataConfig") -> None:
+    """Enter the configuration's task or mixture, with its tasks, into seqio's registries.
+
+    An entry of the same name (another vocabulary's, say) is replaced.
+    """
+    found = find(config)
+    members = found.tasks if isinstance(found, seqio.Mixture) else [found]
+    for registry, provider in (
+        *((seqio.TaskRegistry, task) for task in members),
+        *([(seqio.MixtureRegistry, found)] if isinstance(found, seqio.Mixture) else []),
+    ):
+        if provider.name in registry.names():
+            registry.remove(provider.name)
+        registry.add_provider(provider.name, provider)
+
+
+def _mixture(config: "DataConfig", mixture: mixtures.Mixture) -> seqio.Mixture:
+    own = {declared.name: declared for declared in config.tasks}
+    members, counts = {}, {}
+    for name in mixture.tasks:
+        if name in mixtures.EMBEDDED or isinstance(own.get(name), mixtures.Mixture):
+            raise UserError(f"mixture {mixture.name!r} contains mixture {name!r}; name its tasks")
+        members[name] = find(config, name)
+        counts[name] = members[name].num_input_examples("train")
+        if not counts[name] and isinstance(mixture.rates, str):
+            raise UserError(
+                f"mixture {mixture.name!r}: task {name!r} does not tell its number of examples; "
+                "give Mixture.rates as a mapping"
+            )
+    rates = mixtures.mixing_rates(mixture, counts)
+    return seqio.Mixture(mixture.name, [(members[name], rates[name]) for name in mixture.tasks])
+
+
+def _task(config: "DataConfig", declared: str | tasks.FileTask | tasks.TfdsTask) -> seqio.Task:
+    shared_vocabulary = vocabulary.load(config.vocabulary)
+    if isinstance(declared, tasks.TfdsTask):
+        source, steps = _tfds(config, declared)
+        objective, metrics = declared.objective, declared.metrics
+    elif isinstance(declared, tasks.FileTask):
+        source, steps = MemorySource(declared.splits, declared.examples), []
+        objective, metrics = declared.objective, declared.metrics
+        # Read both sides now: a broken line must not wait for the first evaluation.
+        for split in declared.splits:
+            source.num_input_examples(split)
+    elif declared in tasks.EMBEDDED_TEXT:
+        source, steps = MemorySource(("train", "validation"), _embedded_prose), []
+        objective, metrics = tasks.EMBEDDED_TEXT[declared], ()
+    else:
+        read = functools.partial(corpus.embedded_task, declared)
+        source, steps = MemorySource(corpus.SPLITS, read), []
+        objective, metrics = "supervised", tasks.EMBEDDED_SUPERVISED[declared]
+    feature = seqio.Feature(shared_vocabulary, add_eos=True)
+    features = {"inputs": feature, "targets": feature}
+    if objective == "supervised":
+        return seqio.Task(
+            declared if isinstance(declared, str) else declared.name,
+            source=source,
+            output_features=features,
+            preprocessors=[
+                *steps,
+                seqio.preprocessors.tokenize,
+                seqio.preprocessors.append_eos_after_trim,
+            ],
+            postprocess_fn=_postprocess,
+            metric_fns=[METRICS[name] for name in metrics],
+            # A source in memory is shuffled whole, and an example is one row.
+            shuffle_buffer_size=(
+                None if source.performs_internal_shuffling else ROW_SHUFFLE_BUFFER
+            ),
+        )
+    return seqio.Task(
+        declared if isinstance(declared, str) else declared.name,
+        source=source,
+        output_features=features,
+        preprocessors=[
+            *steps,
+            functools.partial(_tokenize_text, shared_vocabulary),
+            _objective(config, objective),
+        ],
+        shuffle_buffer_size=ROW_SHUFFLE_BUFFER,
+    )
+
+
+def _embedded_prose(split: str) -> list[corpus.Example]:
+    return [{"text": text} for text in corpus.embedded_prose(split)]
+
+
+def _objective(config: "DataConfig", objective: str):
+    if objective == "prefix_lm":
+        return preprocessors.prefix_lm
+    return functools.partial(
+        preprocessors.span_corruption,
+        noise_density=config.noise_density,
+        mean_span_length=config.mean_span_length,
+    )
+
+
+def _tokenize_text(shared_vocabulary: seqio.Vocabulary, dataset: tf.data.Dataset):
+    return dataset.map(
+        plain(lambda example: {"text": shared_vocabulary.encode_tf(example["text"])}),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
+
+
+def _postprocess(decoded: str, example: Mapping | None = None, is_target: bool = False, **unused):
+    del unused
+    if is_target and example is not None and "references" in example:
+        references = example["references"]
+        text = references.decode("utf-8") if isinstance(references, bytes) else str(references)
+        return text.split("\n")
+    return decoded
+
+
+def _check_features(config: "DataConfig", found: seqio.Task | seqio.Mixture) -> None:
+    if set(found.output_features) != {"inputs", "targets"}:
+        raise UserError(
+            f"task {found.name!r} has features {sorted(found.output_features)}; an encoder-decoder "
+            "needs 'inputs' and 'targets'"
+        )
+    for key, feature in found.output_features.items():
+        size = feature.vocabulary.vocab_size
+        wanted = vocabulary.size(config.vocabulary)
+        if size != wanted:
+            raise UserError(
+                f"task {found.name!r} has {size} ids in its {key} vocabulary and "
+                f"DataConfig.vocabulary = {config.vocabulary!r} has {wanted}; use the same one"
+            )
+
+
+def _tfds(config: "DataConfig", declared: tasks.TfdsTask):
+    builder = _tfds_builder(config, declared)
+    info = builder.info
+    for split, tfds_split in declared.splits.items():
+        if tfds_split.split("[")[0].split("+")[0] not in info.splits:
+            raise UserError(
+                f"TfdsTask.splits[{split!r}] = {tfds_split!r}: {declared.tfds_name!r} has no such "
+                f"split{closest(tfds_split, info.splits)}"
+            )
+    text_fields = {"text": declared.text_field}
+    features: Any = info.features
+    supervised = declared.objective == "supervised"
+    wanted = (
+        (*declared.inputs_fields, declared.targets_field) if supervised else text_fields.values()
+    )
+    for field in wanted:
+        if field not in features:
+            raise UserError(
+                f"{declared.tfds_name!r} has no field {field!r}{closest(field, features)}"
+            )
+    source = seqio.TfdsDataSource(
+        declared.tfds_name, tfds_data_dir=config.tfds_data_dir, splits=dict(declared.splits)
+    )
+    step = (
+        functools.partial(_tfds_supervised, declared, features)
+        if supervised
+        else (functools.partial(_tfds_text, declared.text_field))
+    )
+    return source, [step]
+
+
+def _tfds_builder(config: "DataConfig", declared: tasks.TfdsTask):
+    import tensorflow_datasets as tfds
+
+    data_dir = config.tfds_data_dir
+    try:
+        builder = tfds.builder(declared.tfds_name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        name = declared.tfds_name.split("/")[0].split(":")[0]
+        hint = closest(name, tfds.list_builders(with_community_datasets=False))
+        raise UserError(f"TFDS has no dataset {declared.tfds_name!r}{hint[:200]}") from error
+    except (ValueError, AssertionError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"TFDS dataset {declared.tfds_name!r} is not usable: {reason}") from error
+    if not builder.info.splits and declared.download:
+        builder.download_and_prepare()
+    if not builder.info.splits:
+        where = f", data_dir={data_dir!r}" if data_dir else ""
+        raise UserError(
+            f"TFDS dataset {declared.tfds_name!r} is not prepared under "
+            f'{str(builder.data_dir)!r}; on a machine with a network run: python -c "import '
+            f"tensorflow_datasets as tfds; tfds.builder('{declared.tfds_name}'{where})"
+            '.download_and_prepare()" (or set TfdsTask.download = True)'
+        )
+    return builder
+
+
+def _tfds_text(field: str, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.map(
+        plain(lambda example: {"text": example[field]}), num_parallel_calls=tf.data.AUTOTUNE
+    )
+
+
+def _tfds_supervised(
+    declared: tasks.TfdsTask, features: Any, dataset: tf.data.Dataset
+) -> tf.data.Dataset:
+    labels = {key: list(getattr(feature, "names", None) or ()) for key, feature in features.items()}
+
+    def text(example, field):
+        value = example[field]
+        if labels[field]:
+            # TFDS marks a hidden label -1; the T5 text format writes it <unk>.
+            names = tf.constant([*labels[field], "<unk>"])
+            return tf.gather(
+                names, tf.where(value < 0, len(labels[field]), tf.cast(value, tf.int32))
+            )
+        return value if value.dtype == tf.string else tf.strings.as_string(value)
+
+    def convert(example):
+        fields = declared.inputs_fields
+        parts = [text(example, field) for field in fields]
+        if len(fields) > 1:
+            parts = [tf.strings.join([f"{f}: ", p]) for f, p in zip(fields, parts, strict=True)]
+        if declared.prefix:
+            parts = [tf.constant(declared.prefix), *parts]
+        return {
+            "inputs": tf.strings.join(parts, separator=" "),
+            "targets": text(example, declared.targets_field),
+        }
+
+    return dataset.map(plain(convert), num_parallel_calls=tf.data.AUTOTUNE)
