@@ -16,14 +16,15 @@ class Batch:
     A row may hold several examples (packing). Segment ids number them from 1, the same number on
     the encoder and the decoder side; positions restart at 0 with each example. An unpacked row is
     one segment. Loss weights are 1 on target tokens that are predicted and 0 elsewhere.
-    Arrays are host NumPy arrays as the pipeline yields them and device arrays inside a step.
+    Arrays are host NumPy arrays as the pipeline yields them and device arrays inside a step,
+    where a leading axis may hold the microbatches a batch was cut into.
     """
 
-    encoder_tokens: Int[Array, "B S"]
-    encoder_segment_ids: Int[Array, "B S"]
-    encoder_positions: Int[Array, "B S"]
-    decoder_input_tokens: Int[Array, "B T"]
-    decoder_target_tokens: Int[Array, "B T"]
-    decoder_segment_ids: Int[Array, "B T"]
-    decoder_positions: Int[Array, "B T"]
-    decoder_loss_weights: Float[Array, "B T"]
+    encoder_tokens: Int[Array, "*pieces B S"]
+    encoder_segment_ids: Int[Array, "*pieces B S"]
+    encoder_positions: Int[Array, "*pieces B S"]
+    decoder_input_tokens: Int[Array, "*pieces B T"]
+    decoder_target_tokens: Int[Array, "*pieces B T"]
+    decoder_segment_ids: Int[Array, "*pieces B T"]
+    decoder_positions: Int[Array, "*pieces B T"]
+    decoder_loss_weights: Float[Array, "*pieces B T"]

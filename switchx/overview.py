@@ -44,13 +44,13 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"compute      {experiment.train_flops:.3g} model FLOPs a step, "
         f"{model.dtype} activations, {experiment.train_steps} steps",
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
-        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, activations "
-        f"{_gib(need.activations)}{warning}",
+        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, "
+        f"activations {_gib(need.activations)}{warning}",
         f"devices      {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]
     return "\n".join(lines)
 
 
-def _gib(size: float) -> str:
+def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"

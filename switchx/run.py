@@ -88,7 +88,7 @@ class _Run:
             return {}
 
         with concurrent.futures.ThreadPoolExecutor(1, "data") as builder:
-            # TensorFlow's import and graph building take as long as XLA's compilation: overlap.
+            # TensorFlow's import and graph building take as long as initialisation: overlap.
             building = builder.submit(self._build_data)
             create, abstract, optimizer = create_state(
                 self.model,
@@ -98,9 +98,9 @@ class _Run:
             )
             print(overview(experiment, abstract, self.mesh), flush=True)
             state, position = self._initial_state(create, abstract)
+            batches, self.eval_batches, self.sample_batch = building.result()
             self._write_descriptions(config_gin)
             compiled = self._compile(optimizer, abstract)
-            batches, self.eval_batches, self.sample_batch = building.result()
         first_step = int(state.step)
         if position:
             batches.seek(position)

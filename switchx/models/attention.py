@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from switchx.models.config import ModelConfig
@@ -12,8 +13,8 @@ from switchx.sharding import constrain
 
 def attention_mask(
     key_mask_BS: Bool[Array, "B S"],
-    query_segment_ids_BT: Int[Array, "B T"] | None = None,
-    key_segment_ids_BS: Int[Array, "B S"] | None = None,
+    query_segment_ids_BT: Int[Array | np.ndarray, "B T"] | None = None,
+    key_segment_ids_BS: Int[Array | np.ndarray, "B S"] | None = None,
     *,
     causal: bool = False,
 ) -> Bool[Array, "B 1 T S"]:

@@ -59,7 +59,7 @@ class TokenEmbedder(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def __call__(self, tokens_BT: Int[Array | np.ndarray, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding in the activations' dtype."""
         embedding_VD = self.param(
             "embedding",

@@ -8,6 +8,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from switchx.models.attention import Attention, attention_mask
@@ -19,6 +20,7 @@ from switchx.moe.layer import MoeLayer
 from switchx.sharding import constrain
 
 Stats = tuple[RouterStats, ...]
+Input = jax.Array | np.ndarray
 
 
 @flax.struct.dataclass
@@ -32,9 +34,9 @@ class T5Output:
       router: "encoder" and "decoder", each with the `RouterStats` of its sparse layers in order.
     """
 
-    logits: Float[Array, "B T V"] | None
-    decoded: Float[Array, "B T D"]
-    encoded: Float[Array, "B S D"]
+    logits: Any
+    decoded: Any
+    encoded: Any
     router: dict[str, Stats]
 
 
@@ -136,7 +138,7 @@ class Stack(nn.Module):
         self,
         x_BTD: Float[Array, "B T D"],
         mask_BT: Bool[Array, "B T"],
-        segment_ids_BT: Int[Array, "B T"] | None,
+        segment_ids_BT: Int[Input, "B T"] | None,
         encoded_BSD: Float[Array, "B S D"] | None = None,
         cross_mask: Bool[Array, "B 1 _ S"] | None = None,
         *,
@@ -211,8 +213,8 @@ class T5(nn.Module):
 
     def __call__(
         self,
-        encoder_tokens: Int[Array, "B S"],
-        decoder_input_tokens: Int[Array, "B T"],
+        encoder_tokens: Int[Input, "B S"],
+        decoder_input_tokens: Int[Input, "B T"],
         *,
         train: bool = False,
         **inputs: Any,
@@ -223,13 +225,13 @@ class T5(nn.Module):
 
     def features(
         self,
-        encoder_tokens: Int[Array, "B S"],
-        decoder_input_tokens: Int[Array, "B T"],
+        encoder_tokens: Int[Input, "B S"],
+        decoder_input_tokens: Int[Input, "B T"],
         *,
-        encoder_mask: Shaped[Array, "B S"] | None = None,
-        decoder_mask: Shaped[Array, "B T"] | None = None,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_mask: Shaped[Input, "B S"] | None = None,
+        decoder_mask: Shaped[Input, "B T"] | None = None,
+        encoder_segment_ids: Int[Input, "B S"] | None = None,
+        decoder_segment_ids: Int[Input, "B T"] | None = None,
         train: bool = False,
         capture_router: bool = False,
     ) -> T5Output:
@@ -262,9 +264,9 @@ class T5(nn.Module):
 
     def encode(
         self,
-        encoder_tokens: Int[Array, "B S"],
+        encoder_tokens: Int[Input, "B S"],
         *,
-        encoder_mask: Shaped[Array, "B S"] | None = None,
+        encoder_mask: Shaped[Input, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Final encoder states, for decoding."""
         encoder_mask = _mask(encoder_tokens, encoder_mask, None)
@@ -273,19 +275,21 @@ class T5(nn.Module):
 
     def decode(
         self,
-        decoder_input_tokens: Int[Array, "B T"],
+        decoder_input_tokens: Int[Input, "B T"],
         encoded_BSD: Float[Array, "B S D"],
         *,
-        encoder_mask: Shaped[Array, "B S"],
-        decoder_mask: Shaped[Array, "B T"] | None = None,
-        encoder_segment_ids: Int[Array, "B S"] | None = None,
-        decoder_segment_ids: Int[Array, "B T"] | None = None,
+        encoder_mask: Shaped[Input, "B S"],
+        decoder_mask: Shaped[Input, "B T"] | None = None,
+        encoder_segment_ids: Int[Input, "B S"] | None = None,
+        decoder_segment_ids: Int[Input, "B T"] | None = None,
         train: bool = False,
         capture_router: bool = False,
     ) -> tuple[Float[Array, "B T D"], Stats]:
         """Decoder states ready for the output head, and the decoder's router statistics."""
         decoder_mask = _mask(decoder_input_tokens, decoder_mask, decoder_segment_ids)
-        cross_mask = attention_mask(encoder_mask != 0, decoder_segment_ids, encoder_segment_ids)
+        cross_mask = attention_mask(
+            jnp.asarray(encoder_mask) != 0, decoder_segment_ids, encoder_segment_ids
+        )
         decoded_BTD, stats = self.decoder(
             self.token_embedder(decoder_input_tokens),
             decoder_mask,
@@ -313,9 +317,7 @@ def output_head(params: Mapping[str, Any]) -> Float[Array, "V D"]:
     return params["token_embedder"]["embedding"]
 
 
-def _mask(
-    tokens: jax.Array, mask: jax.Array | None, segment_ids: jax.Array | None
-) -> Bool[Array, "B T"]:
-    if mask is not None:
-        return mask != 0
-    return jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids != 0
+def _mask(tokens: Input, mask: Input | None, segment_ids: Input | None) -> Bool[Array, "B T"]:
+    if mask is None:
+        mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids
+    return jnp.asarray(mask) != 0

@@ -1,5 +1,7 @@
 """The structs between router, dispatch and losses: who goes where, and how it went."""
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -47,6 +49,9 @@ class RouterStats:
     Sums, not means, so that microbatches add up to exactly the batch. The properties are the
     means, with padding left out. The token-level fields are filled only by ``capture_router``.
 
+    Fields are scalars, or [L] where the layers of a stack are stacked; they are not annotated as
+    arrays because tree functions put shapes, shardings and NumPy arrays in their place.
+
     Attributes:
       num_tokens: real tokens routed.
       num_choices: choices made, K per real token.
@@ -59,18 +64,18 @@ class RouterStats:
       logits, expert_index, gate, kept: per token, [B, T, E] and [B, T, K].
     """
 
-    num_tokens: Float[Array, "*layers"]
-    num_choices: Float[Array, "*layers"]
-    num_dropped: Float[Array, "*layers"]
-    load_balance: Float[Array, "*layers"]
-    router_z: Float[Array, "*layers"]
-    entropy: Float[Array, "*layers"]
-    confidence: Float[Array, "*layers"]
-    tokens_per_expert_E: Float[Array, "*layers E"]
-    logits: Float[Array, "*layers B T E"] | None = None
-    expert_index: Int[Array, "*layers B T K"] | None = None
-    gate: Float[Array, "*layers B T K"] | None = None
-    kept: Bool[Array, "*layers B T K"] | None = None
+    num_tokens: Any
+    num_choices: Any
+    num_dropped: Any
+    load_balance: Any
+    router_z: Any
+    entropy: Any
+    confidence: Any
+    tokens_per_expert_E: Any
+    logits: Any = None
+    expert_index: Any = None
+    gate: Any = None
+    kept: Any = None
 
     @property
     def load_balance_loss(self) -> jax.Array:

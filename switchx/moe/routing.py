@@ -57,12 +57,13 @@ def place(choice: Choice, mask_GM: Bool[Array, "G M"], *, num_experts: int, capa
     order (GShard, arXiv:2006.16668, algorithm 1). Tokens outside `mask_GM` take no slot.
     """
 
-    def place_group(expert_index_MK: jax.Array, mask_M: jax.Array) -> Slots:
+    def place_group(expert_index_MK: jax.Array, mask_M: jax.Array) -> tuple[jax.Array, ...]:
         num_tokens, top_k = expert_index_MK.shape
         num_choices, num_slots = num_tokens * top_k, num_experts * capacity
         # [K, M]: first choices first.
         expert_Q = expert_index_MK.T.reshape(num_choices)
-        asks_QE = (expert_Q[:, None] == jnp.arange(num_experts)) & jnp.tile(mask_M, top_k)[:, None]
+        asks_QE = expert_Q[:, None] == jnp.arange(num_experts)[None]
+        asks_QE &= jnp.tile(mask_M, top_k)[:, None]
         rank_QE = jnp.cumsum(asks_QE.astype(jnp.int32), axis=0)
         rank_Q = jnp.sum(jnp.where(asks_QE, rank_QE, 0), axis=1) - 1  # -1 for padding
         kept_Q = (rank_Q >= 0) & (rank_Q < capacity)
@@ -72,6 +73,7 @@ def place(choice: Choice, mask_GM: Bool[Array, "G M"], *, num_experts: int, capa
         choice_S = choice_S.at[slot_MK.reshape(num_choices)].set(
             jnp.arange(num_choices, dtype=jnp.int32), mode="drop"
         )
-        return Slots(choice_GEC=choice_S.reshape(num_experts, capacity), slot_GMK=slot_MK)
+        return choice_S.reshape(num_experts, capacity), slot_MK
 
-    return jax.vmap(place_group)(choice.expert_index_GMK, mask_GM)
+    choice_GEC, slot_GMK = jax.vmap(place_group)(choice.expert_index_GMK, mask_GM)
+    return Slots(choice_GEC=choice_GEC, slot_GMK=slot_GMK)

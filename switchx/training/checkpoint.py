@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import re
+import shutil
 from typing import Any
 
 import jax
@@ -9,7 +11,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from switchx.errors import UserError
-from switchx.training.state import TrainState
+from switchx.training.state import TrainState, num_bytes
 
 BEST_METRIC = "cross_entropy"
 
@@ -71,6 +73,7 @@ class Checkpointer:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._check_space(num_bytes(state))
         try:
             self._manager.check_for_errors()
             self._manager.save(
@@ -117,12 +120,27 @@ class Checkpointer:
         self.wait()
         self._manager.close()
 
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            raise UserError(
+                f"checkpoint could not be written to {self._directory}: it needs "
+                f"{needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; {self._intact()}"
+            )
+
     def _failure(self, error: Exception) -> UserError:
-        # A failed save leaves the manager's list of steps ahead of the disk.
-        steps = ocp.utils.checkpoint_steps(self._directory) if self._directory.exists() else []
-        last = f"step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(f"checkpoint could not be written to {self._directory}: {reason}; {last}")
+        text = " ".join(str(error).split()) or type(error).__name__
+        # TensorStore wraps the system's reason in the path of every layer it passed.
+        reason = re.search(r"([^:]+) \[os_error_code=", text)
+        return UserError(
+            f"checkpoint could not be written to {self._directory}: "
+            f"{reason[1].strip() if reason else text}; {self._intact()}"
+        )
+
+    def _intact(self) -> str:
+        # From the disk: after a failed save the manager's own list is ahead of it.
+        steps = [int(entry.name) for entry in _entries(self._directory) if entry.name.isdigit()]
+        return f"step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from switchx.training.state import TrainState
 from switchx.training.step import StepMetrics
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Receives the metrics of every step, in order, while the device works on a later one."""
 

@@ -38,8 +38,8 @@ class Sums:
 
     tokens: CrossEntropySums
     router: dict[str, RouterStats]
-    num_tokens: jax.Array
-    num_positions: jax.Array
+    num_tokens: Any
+    num_positions: Any
 
     def __add__(self, other: "Sums") -> "Sums":
         return jax.tree.map(jnp.add, self, other)

@@ -58,7 +58,7 @@ class Progress:
         first_step: int,
         last_step: int,
         log_period: int,
-        flops_per_step: float,
+        flops_per_step: int,
         on_nonfinite: str,
     ):
         self._writer = writer

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Int, UInt32
 
 from switchx import sharding
 from switchx.training import optimizer as optimizers
@@ -20,17 +19,17 @@ class TrainState:
     """The state of training after `step` updates.
 
     Attributes:
-      step: updates done, skipped ones included; int32.
+      step: updates done, skipped ones included; int32 scalar.
       params: parameter tree.
       opt_state: optax state.
-      rng: key data of the run; a step's key is this folded with its number, so a resumed run
+      rng: key data of the run, uint32 words; a step's key is this folded with its number, so a resumed run
         draws what the unbroken one draws.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
-    rng: UInt32[Array, " words"]
+    rng: Any
 
 
 def create_state(
@@ -73,10 +72,10 @@ def create_state(
 
     shapes = jax.eval_shape(init)
     state_names = TrainState(
-        step=PartitionSpec(),  # type: ignore[arg-type]
+        step=PartitionSpec(),
         params=names,
         opt_state=optimizers.state_axes(optimizer, shapes.params, names),
-        rng=PartitionSpec(),  # type: ignore[arg-type]
+        rng=PartitionSpec(),
     )
     state_shardings = sharding.shardings(state_names, mesh)
     abstract = jax.tree.map(

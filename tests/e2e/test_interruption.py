@@ -136,6 +136,12 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(unbroken, tmp_path, signum):
     assert_same_run(directory, unbroken)
 
 
+def test_the_operative_configuration_is_kept_with_its_defaults(unbroken):
+    text = (unbroken / "config.gin").read_text()
+    assert f"TRAIN_STEPS = {LAST_STEP}" in text
+    assert "MoeConfig.jitter_noise = 0.01" in text  # bound nowhere
+
+
 def test_a_half_written_checkpoint_is_never_restored(unbroken, tmp_path):
     directory = tmp_path / "run"
     process = start(directory)

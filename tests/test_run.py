@@ -1,0 +1,204 @@
+"""Whole runs, in this process, on models of a few thousand parameters."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from switchx.data.pipeline import DataConfig
+from switchx.data.tasks import FileTask
+from switchx.errors import UserError
+from switchx.experiment import Experiment
+from switchx.models.config import ModelConfig
+from switchx.moe.layer import MoeConfig
+from switchx.run import train
+from switchx.training.optimizer import OptimizerConfig
+
+MODEL = ModelConfig(
+    vocab_size=384,
+    d_model=16,
+    d_ff=24,
+    num_heads=2,
+    head_dim=8,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    moe=MoeConfig(num_experts=4, group_size="row"),
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "fat", "rat"]
+    rng = np.random.default_rng(0)
+    path.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(400)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def experiment(text) -> Experiment:
+    data = DataConfig(
+        mixture_or_task_name="mine",
+        task_feature_lengths={"inputs": 40, "targets": 16},
+        vocabulary="bytes",
+        batch_size=8,
+        tasks=(FileTask(name="mine", files=text),),
+    )
+    return Experiment(
+        model=MODEL,
+        data=data,
+        optimizer=OptimizerConfig(warmup_steps=100),
+        train_steps=12,
+        eval_period=6,
+        eval_steps=2,
+        checkpoint_period=5,
+        log_period=3,
+        num_samples=2,
+        sample_length=5,
+        mesh={"data": 8},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory) -> Experiment:
+    directory = tmp_path_factory.mktemp("runs") / "first"
+    finished = dataclasses.replace(experiment, model_dir=str(directory), log_norms=True)
+    train(finished, "# gin text")
+    return finished
+
+
+def path(experiment: Experiment, name: str):
+    import pathlib
+
+    return pathlib.Path(experiment.model_dir, name)
+
+
+def rows(experiment: Experiment, split: str) -> list[dict]:
+    lines = path(experiment, "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def test_a_run_directory_holds_everything(finished):
+    assert path(finished, "config.gin").read_text() == "# gin text"
+    assert ModelConfig.from_json(path(finished, "model.json").read_text()) == finished.model
+    config = json.loads(path(finished, "config.json").read_text())
+    assert config["data"]["batch_size"] == 8 and config["model"]["moe"]["num_experts"] == 4
+    assert json.loads(path(finished, "versions.json").read_text())["mesh"]["data"] == 8
+    assert path(finished, "DONE").exists()
+    assert list(path(finished, ".").glob("events.out.*"))
+    steps = {int(entry.name) for entry in path(finished, "checkpoints").iterdir()}
+    assert {10, 12} <= steps
+    samples = [
+        json.loads(line) for line in path(finished, "samples.jsonl").read_text().splitlines()
+    ]
+    assert [sample["step"] for sample in samples] == [6, 6, 12, 12]
+    assert all("<extra_id_0>" in sample["inputs"] for sample in samples)
+    assert samples[0]["inputs"] == samples[2]["inputs"]
+
+
+def test_metrics_rows_hold_the_contract(finished):
+    train_rows, eval_rows = rows(finished, "train"), rows(finished, "eval/mine")
+    assert [row["step"] for row in train_rows] == [1, 3, 6, 9, 12]
+    assert [row["step"] for row in eval_rows] == [6, 12]
+    for row in train_rows:
+        for name in ("learning_rate", "grad_norm", "tokens_per_second", "step_seconds"):
+            assert row[name] > 0
+        assert row["mfu"] is None  # the peak of a CPU is not known
+        assert set(row["norms"]) == {"param", "update"}
+    for row in train_rows + eval_rows:
+        assert set(row["expert_load"]) == {"encoder/1", "decoder/1"}
+        for load in row["expert_load"].values():
+            assert len(load) == 4 and abs(sum(load) - 1) < 1e-4
+        parts = row["cross_entropy"] + row["z_loss"]
+        parts += 1e-2 * row["load_balance_loss"] + 1e-3 * row["router_z_loss"]
+        assert abs(row["loss"] - parts) < 1e-5
+        assert 0 <= row["dropped_fraction"] < 1
+        assert abs(row["perplexity"] - math.exp(row["cross_entropy"])) < 1e-3
+    assert eval_rows[-1]["cross_entropy"] < eval_rows[0]["cross_entropy"]
+
+
+def test_a_complete_run_stays_as_it_is_and_a_longer_one_goes_on(finished, capsys):
+    before = path(finished, "metrics.jsonl").read_text()
+    assert train(finished) == {}
+    assert "complete at step 12" in capsys.readouterr().out
+    assert path(finished, "metrics.jsonl").read_text() == before
+    longer = dataclasses.replace(finished, train_steps=14, eval_period=14)
+    train(longer)
+    assert [row["step"] for row in rows(longer, "train")] == [1, 3, 6, 9, 12, 13]
+
+
+def test_another_configuration_is_refused(finished):
+    other = dataclasses.replace(finished, model=dataclasses.replace(MODEL, d_ff=32))
+    with pytest.raises(UserError, match=r"model.d_ff \(there 24, now 32\)"):
+        train(other)
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_a_new_run_starts_from_anothers_parameters(finished, tmp_path, with_optimizer):
+    # With a learning rate too small to matter, the first evaluation is the old run's last.
+    step = 12 if with_optimizer else 0
+    start = dataclasses.replace(
+        finished,
+        model_dir=str(tmp_path / "second"),
+        initial_checkpoint_path=str(path(finished, "checkpoints") / "12"),
+        initial_optimizer=with_optimizer,
+        optimizer=dataclasses.replace(finished.optimizer, learning_rate=1e-12),
+        train_steps=step + 1,
+    )
+    summary = train(start)
+    old = next(row for row in rows(finished, "eval/mine") if row["step"] == 12)
+    np.testing.assert_allclose(summary["cross_entropy"], old["cross_entropy"], rtol=1e-5)
+    assert rows(start, "eval/mine")[-1]["step"] == step + 1
+
+
+def test_the_mesh_does_not_change_the_numbers(experiment, finished, tmp_path):
+    other = dataclasses.replace(
+        experiment, model_dir=str(tmp_path / "mesh"), mesh={"data": 2, "expert": 4}, log_norms=True
+    )
+    train(other)
+    for row, same in zip(rows(other, "train"), rows(finished, "train"), strict=False):
+        for name in ("loss", "grad_norm", "dropped_fraction"):
+            np.testing.assert_allclose(row[name], same[name], rtol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_loss_that_is_not_finite_stops_or_is_skipped(experiment, tmp_path, policy, capsys):
+    run = dataclasses.replace(
+        experiment,
+        model_dir=str(tmp_path / policy),
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=1e38, schedule="constant", warmup_steps=0
+        ),
+        train_steps=4,
+        eval_period=4,
+        log_period=1,
+        on_nonfinite=policy,
+        num_samples=0,
+    )
+    if policy == "stop":
+        with pytest.raises(UserError, match=r"step 2: .* is (nan|inf).*not applied"):
+            train(run)
+        assert not path(run, "DONE").exists()
+    else:
+        train(run)
+        assert "step 2: " in capsys.readouterr().out
+        assert [row["skipped_updates"] for row in rows(run, "train")] == [0, 1, 2, 3]
+
+
+def test_dense_models_train_too(experiment, tmp_path):
+    dense = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(MODEL, moe=None),
+        model_dir=str(tmp_path / "dense"),
+        train_steps=2,
+        mesh={"data": -1},
+    )
+    summary = train(dense)
+    assert "expert_load" not in summary and math.isfinite(summary["loss"])
+
+
+def test_devices_of_this_test():
+    assert jax.device_count() == 8

@@ -1,0 +1,99 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from switchx.errors import UserError
+from switchx.run_directory import JsonLines, RunDirectory, versions
+
+CONFIG = {"model": {"d_model": 8, "layers": [1, 2]}, "train_steps": 5}
+
+
+def test_one_process_at_a_time(tmp_path):
+    directory = RunDirectory(str(tmp_path / "run"))
+    code = (
+        "import sys; from switchx.run_directory import RunDirectory\n"
+        "from switchx.errors import UserError\n"
+        "try: RunDirectory(sys.argv[1])\n"
+        "except UserError as error: print(error)\n"
+    )
+
+    def elsewhere() -> str:
+        command = [sys.executable, "-c", code, str(directory.path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "in use by another process" in elsewhere()
+    directory.close()
+    assert elsewhere() == ""
+
+
+def test_another_configuration_is_refused_with_the_differing_keys(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    directory.claim(CONFIG, may_change=())
+    directory.claim(CONFIG, may_change=())
+    other = {"model": {"d_model": 16, "layers": [1, 2]}, "train_steps": 9}
+    with pytest.raises(UserError, match=r"model.d_model \(there 8, now 16\)") as error:
+        directory.claim(other, may_change=("train_steps",))
+    assert "train_steps" not in str(error.value)
+    assert directory.read_json("config.json") == CONFIG
+    directory.claim(CONFIG | {"train_steps": 9}, may_change=("train_steps",))
+    assert directory.read_json("config.json")["train_steps"] == 9
+
+
+def test_checkpoints_of_unknown_origin_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
+    with pytest.raises(UserError, match="without a config.json"):
+        RunDirectory(str(tmp_path)).claim(CONFIG, may_change=())
+
+
+def test_a_file_is_no_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        RunDirectory(str(tmp_path / "file"))
+
+
+def test_files_are_replaced_whole(tmp_path, monkeypatch):
+    directory = RunDirectory(str(tmp_path))
+    directory.write_json("model.json", {"a": 1})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("switchx.run_directory.os.replace", fail)
+    with pytest.raises(UserError, match="No space left"):
+        directory.write_json("model.json", {"a": 2})
+    assert directory.read_json("model.json") == {"a": 1}
+
+
+def test_done(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    assert not directory.done
+    directory.set_done(True)
+    assert directory.done
+    directory.set_done(False)
+    assert not directory.done
+
+
+def test_rows_after_the_last_step_and_half_rows_are_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = JsonLines(path, last_step=0)
+    for step in (1, 2, 3):
+        rows.write({"step": step, "text": "é"})
+    rows.close()
+    with path.open("a") as file:
+        file.write('{"step": 4, "los')
+    rows = JsonLines(path, last_step=2)
+    rows.write({"step": 3, "text": "again"})
+    rows.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "text": "é"},
+        {"step": 2, "text": "é"},
+        {"step": 3, "text": "again"},
+    ]
+
+
+def test_versions_name_packages_and_command():
+    found = versions([], {"data": 2})
+    assert found["packages"]["jax"] and found["mesh"] == {"data": 2}
+    assert found["command"] == sys.argv
