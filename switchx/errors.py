@@ -37,7 +37,7 @@ def check_types(config: Any) -> None:
     Raises:
       UserError: naming the field, its value and the type it should have.
     """
-    hints = typing.get_type_hints(type(config))
+    hints: dict[str, Any] = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)

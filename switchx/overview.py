@@ -31,7 +31,7 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
             f", {sparse} with {model.moe.num_experts} experts, capacity factor "
             f"{model.moe.capacity_factor} (eval {model.moe.eval_capacity_factor})"
         )
-    mesh = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    layout = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
@@ -46,7 +46,7 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
         f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, "
         f"activations {_gib(need.activations)}{warning}",
-        f"devices      {len(devices)} x {devices[0].device_kind}, mesh {mesh}",
+        f"devices      {len(devices)} x {devices[0].device_kind}, mesh {layout}",
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]
     return "\n".join(lines)

@@ -150,10 +150,13 @@ class _Run:
 
     def _build_data(self) -> tuple[pipeline.Batches, Iterable[Batch], Batch | None]:
         experiment = self.experiment
-        hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = pipeline.build_train(experiment.data, **hosts)
+        index, count = jax.process_index(), jax.process_count()
+        batches = pipeline.build_train(experiment.data, process_index=index, process_count=count)
         eval_batches = pipeline.build_eval(
-            experiment.data, num_batches=experiment.eval_steps, **hosts
+            experiment.data,
+            num_batches=experiment.eval_steps,
+            process_index=index,
+            process_count=count,
         )
         sample = None
         if experiment.num_samples:

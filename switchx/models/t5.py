@@ -71,17 +71,17 @@ class T5Layer(nn.Module):
         h_BTD = Attention(config, train, name=name)(h_BTD, h_BTD, self_mask, bias)
         x_BTD += dropout(config, train)(h_BTD)
 
-        if encoded_BSD is not None:
+        if encoded_BSD is not None and cross_mask is not None:
             h_BTD = norm("cross_attention")(x_BTD)
             attention = Attention(config, train, name="encoder_decoder_attention")
             x_BTD += dropout(config, train)(attention(h_BTD, encoded_BSD, cross_mask))
 
         h_BTD, stats = norm("mlp")(x_BTD), ()
-        if self.sparse:
+        if self.sparse and config.moe is not None:
             h_BTD, layer_stats = MoeLayer(
                 config.moe,
                 config.d_ff,
-                config.activations,
+                tuple(config.activations),
                 config.init_scale,
                 train,
                 self.capture_router,
@@ -177,7 +177,7 @@ class Stack(nn.Module):
             _remat(Block, self.config.remat, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True, "jitter": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=segment.repeats,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
@@ -245,10 +245,13 @@ class T5(nn.Module):
           train: dropout, jitter and the training capacity factor.
           capture_router: keep the router's decision for every token in `router`.
         """
-        mode = {"train": train, "capture_router": capture_router}
         encoder_mask = _mask(encoder_tokens, encoder_mask, encoder_segment_ids)
         encoded_BSD, encoder_stats = self.encoder(
-            self.token_embedder(encoder_tokens), encoder_mask, encoder_segment_ids, **mode
+            self.token_embedder(encoder_tokens),
+            encoder_mask,
+            encoder_segment_ids,
+            train=train,
+            capture_router=capture_router,
         )
         decoded_BTD, decoder_stats = self.decode(
             decoder_input_tokens,
@@ -257,7 +260,8 @@ class T5(nn.Module):
             decoder_mask=decoder_mask,
             encoder_segment_ids=encoder_segment_ids,
             decoder_segment_ids=decoder_segment_ids,
-            **mode,
+            train=train,
+            capture_router=capture_router,
         )
         router = {"encoder": encoder_stats, "decoder": decoder_stats}
         return T5Output(logits=None, decoded=decoded_BTD, encoded=encoded_BSD, router=router)

@@ -22,8 +22,8 @@ class TrainState:
       step: updates done, skipped ones included; int32 scalar.
       params: parameter tree.
       opt_state: optax state.
-      rng: key data of the run, uint32 words; a step's key is this folded with its number, so a resumed run
-        draws what the unbroken one draws.
+      rng: key data of the run, uint32 words; a step's key is this folded with its number, so a
+        resumed run draws what the unbroken one draws.
     """
 
     step: Any
