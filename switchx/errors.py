@@ -42,7 +42,7 @@ def check_types(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         misfit = isinstance(value, bool) and hint is not Any and bool not in members
-        if misfit or not is_bearable(value, hint, conf=_INT_IS_FLOAT):
+        if misfit or not is_bearable(value, hints[field.name], conf=_INT_IS_FLOAT):
             name = getattr(hint, "__name__", None) if isinstance(hint, type) else None
             raise UserError(
                 f"{type(config).__name__}.{field.name} = {value!r}: "
