@@ -156,8 +156,8 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
         raise UserError(
             f"MoeConfig.group_size = {model.moe.group_size}: routing groups of so many tokens do "
             f"not divide over {pieces} microbatch(es) x {shards} device(s) with BATCH_SIZE = "
-            f"{rows} and TASK_FEATURE_LENGTHS = {data.task_feature_lengths}; sizes that fit: "
-            f"{', '.join(map(str, fits)) or 'none, raise BATCH_SIZE'}"
+            f"{rows} and TASK_FEATURE_LENGTHS = {data.task_feature_lengths}; what fits: "
+            f"{', '.join(['row', *map(str, fits)])}"
         )
 
 

@@ -57,7 +57,7 @@ def test_what_fits():
         (dict(mesh={"expert": 4}), r"moe.num_experts = 6 .* 4 devices of mesh axis 'expert'"),
         (dict(mesh={"model": 8}), r"num_heads = 12 .* mesh axis 'model'"),
         (dict(mesh={"data": 8}), r"group_size = 512: .* 1 microbatch\(es\) x 8 device\(s\)"),
-        (dict(moe={"group_size": 100}), r"group_size = 100: .* sizes that fit: 128"),
+        (dict(moe={"group_size": 100}), r"group_size = 100: .* what fits: row, 128"),
     ],
 )
 def test_what_does_not_fit_says_so(arguments, message):
@@ -70,5 +70,6 @@ def test_the_sizes_that_are_offered_fit():
     with pytest.raises(UserError) as error:
         check({"data": 4})
     sizes = str(error.value).rsplit(": ", 1)[1].split(", ")
+    assert sizes[0] == "row" and len(sizes) > 1
     for size in sizes:
-        check({"data": 4}, moe={"group_size": int(size)})
+        check({"data": 4}, moe={"group_size": int(size) if size.isdigit() else size})

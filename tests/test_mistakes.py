@@ -155,11 +155,11 @@ CASES = {
     ),
     "batch not divisible by microbatches": (
         [TINY, "--gin.NUM_MICROBATCHES=5"],
-        ["BATCH_SIZE = 32", "NUM_MICROBATCHES = 5", "30 and 35"],
+        ["BATCH_SIZE = 16", "NUM_MICROBATCHES = 5", "15 and 20"],
     ),
     "groups larger than a microbatch": (
-        [TINY, "--gin.NUM_MICROBATCHES=8", "--gin.MoeConfig.group_size=4096"],
-        ["group_size = 4096", "8 microbatch(es)", "sizes that fit: 128"],
+        [TINY, "--gin.NUM_MICROBATCHES=2", "--gin.MoeConfig.group_size=4096"],
+        ["group_size = 4096", "2 microbatch(es)", "what fits: row, 128"],
     ),
     "unknown mesh axis": ([TINY, "--gin.MESH={'dat': 1}"], ["MESH", "'dat'", "data"]),
     "mesh of too many devices": ([TINY, "--gin.MESH={'data': 3}"], ["MESH", "3", "1 cpu"]),

@@ -1,0 +1,396 @@
+"""`ModelConfig`: sizes to the digit, costs to the multiply-add, layouts, JSON, bad values."""
+
+import dataclasses
+import json
+import math
+
+import flax.linen as nn
+import jax
+import jax.extend
+import jax.numpy as jnp
+import pytest
+
+from switchx.errors import UserError
+from switchx.models.config import ModelConfig
+from switchx.models.t5 import T5
+from switchx.moe.layer import MoeConfig
+
+
+def t5(depth, d_model, d_ff, num_heads, **fields):
+    """A T5 with as many encoder as decoder layers."""
+    return ModelConfig(
+        num_encoder_layers=depth,
+        num_decoder_layers=depth,
+        d_model=d_model,
+        d_ff=d_ff,
+        num_heads=num_heads,
+        **fields,
+    )
+
+
+def t5_1_1(depth, d_model, d_ff, num_heads):
+    return t5(
+        depth,
+        d_model,
+        d_ff,
+        num_heads,
+        activations=("gelu", "linear"),
+        tie_embeddings=False,
+        scale_logits=False,
+    )
+
+
+def switch(depth, d_model, d_ff, num_heads, num_experts, **fields):
+    return t5(depth, d_model, d_ff, num_heads, moe=MoeConfig(num_experts=num_experts), **fields)
+
+
+GEGLU = {"activations": ("gelu", "linear"), "tie_embeddings": False}
+SWITCH_C = {"sparse_every": 1, "tie_embeddings": False}  # every layer sparse
+# Published sizes; the embedding has 32,128 rows.
+ZOO = {
+    "T5-Base 1.0": (t5(12, 768, 3072, 12), 222_903_552),
+    "T5-Large 1.0": (t5(24, 1024, 4096, 16), 737_668_096),
+    "T5-Small 1.1": (t5_1_1(8, 512, 1024, 6), 76_961_152),
+    "T5-Base 1.1": (t5_1_1(12, 768, 2048, 12), 247_577_856),
+    "T5-Large 1.1": (t5_1_1(24, 1024, 2816, 16), 783_150_080),
+    "T5-XL 1.1": (t5_1_1(24, 2048, 5120, 32), 2_849_757_184),
+    "T5-XXL 1.1": (t5_1_1(24, 4096, 10240, 64), 11_135_332_352),
+    "Switch-Base-8": (switch(12, 768, 3072, 12, 8), 619_339_008),
+    "Switch-Base-16": (switch(12, 768, 3072, 12, 16), 1_072_397_568),
+    "Switch-Base-32": (switch(12, 768, 3072, 12, 32), 1_978_514_688),
+    "Switch-Base-64": (switch(12, 768, 3072, 12, 64), 3_790_748_928),
+    "Switch-Base-128": (switch(12, 768, 3072, 12, 128), 7_415_217_408),
+    "Switch-Base-256": (switch(12, 768, 3072, 12, 256), 14_664_154_368),
+    "Switch-Large-128": (switch(24, 1024, 4096, 16, 128), 26_309_291_008),
+    "Switch-XXL": (switch(24, 4096, 10240, 64, 128, **GEGLU), 394_675_073_024),
+    "Switch-C": (switch(15, 2080, 6144, 32, 2048, **SWITCH_C), 1_571_375_798_688),
+    "Switch-C, 30 heads": (switch(15, 2080, 6144, 30, 2048, **SWITCH_C), 1_571_327_875_360),
+}
+
+
+def parameter_shapes(config):
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = jax.eval_shape(lambda: T5(config).init(jax.random.key(0), tokens, tokens))
+    return nn.unbox(init)["params"]
+
+
+def size(shapes):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+class TestNumParams:
+    @pytest.mark.parametrize("name", ZOO)
+    def test_published_models(self, name):
+        config, expected = ZOO[name]
+        assert config.num_params == expected
+
+    @pytest.mark.parametrize("name", ZOO)
+    def test_equals_the_scanned_module(self, name):
+        config, expected = ZOO[name]
+        config = dataclasses.replace(config, scan_layers=True)
+        assert size(parameter_shapes(config)) == expected
+
+    # Tracing 48 layers takes seconds: one of each kind.
+    @pytest.mark.parametrize("name", ["T5-Base 1.0", "T5-Small 1.1", "Switch-Base-8", "Switch-C"])
+    def test_equals_the_unrolled_module(self, name):
+        config, expected = ZOO[name]
+        assert size(parameter_shapes(config)) == expected
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"tie_embeddings": False},
+            {"activations": ("gelu", "silu", "linear")},
+            {"relative_attention_num_buckets": 8},
+            {"encoder_sparse_layers": (0, 2), "decoder_sparse_layers": ()},
+            {"moe": MoeConfig(num_experts=3, router_bias=True)},
+            {"moe": None},
+        ],
+        ids=lambda fields: next(iter(fields), "sparse"),
+    )
+    def test_every_field_that_changes_the_size(self, fields):
+        config = ModelConfig(
+            vocab_size=37,
+            d_model=6,
+            d_ff=10,
+            num_heads=3,
+            head_dim=4,
+            num_encoder_layers=5,
+            num_decoder_layers=2,
+            moe=MoeConfig(num_experts=7),
+        )
+        config = dataclasses.replace(config, **fields)
+        assert config.num_params == size(parameter_shapes(config))
+
+    def test_active(self):
+        # Dense twin and 12 routers of 768 × 128: 222,903,552 + 1,179,648.
+        # And all parameters less 127 of 128 experts in 12 layers: 2 · 768 · 3072 each.
+        config, total = ZOO["Switch-Base-128"]
+        assert config.num_active_params == 224_083_200
+        assert config.num_active_params == total - 12 * 127 * 2 * 768 * 3072
+        dense = ZOO["T5-Base 1.0"][0]
+        assert dense.num_active_params == dense.num_params
+
+
+def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """2 per multiply-add of every matrix product, in all that the jaxpr calls; scans repeat."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracting, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = math.prod(left[dimension] for dimension in contracting)
+            total += 2 * equation.outvars[0].aval.size * inner
+        repeats = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for value in equation.params.values():
+            for nested in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(nested, jax.extend.core.ClosedJaxpr):
+                    nested = nested.jaxpr
+                if isinstance(nested, jax.extend.core.Jaxpr):
+                    total += repeats * matmul_flops(nested)
+    return total
+
+
+class TestFlops:
+    def test_the_counter_counts(self):
+        # 3 scanned steps of [2, 4] × [4, 4] in a nested function: 3 · 2 · 2 · 4 · 4.
+        def step(x, _):
+            return jax.jit(jnp.matmul)(x, jnp.ones((4, 4))), None
+
+        jaxpr = jax.make_jaxpr(lambda x: jax.lax.scan(step, x, length=3))(jnp.ones((2, 4)))
+        assert matmul_flops(jaxpr.jaxpr) == 192
+
+    # 3 rows of 8 and 12 tokens, 4 experts: capacity 6 and 9 fills every slot.
+    SPARSE = MoeConfig(num_experts=4, capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=0)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {},
+            {"activations": ("gelu", "linear"), "tie_embeddings": False},
+            {"moe": SPARSE},
+            {"moe": SPARSE, "scan_layers": True, "activations": ("gelu", "linear")},
+            {"moe": SPARSE, "sparse_every": 1, "decoder_sparse_layers": (1,)},
+        ],
+        ids=["dense", "gated-untied", "sparse", "sparse-gated-scanned", "mostly-sparse"],
+    )
+    def test_equals_the_module(self, fields):
+        config = ModelConfig(
+            vocab_size=37,
+            d_model=6,
+            d_ff=10,
+            num_heads=3,
+            head_dim=5,
+            num_encoder_layers=4,
+            num_decoder_layers=2,
+            **fields,
+        )
+        rows, encoder_length, decoder_length = 3, 8, 12
+        encoder_tokens = jax.ShapeDtypeStruct((rows, encoder_length), jnp.int32)
+        decoder_tokens = jax.ShapeDtypeStruct((rows, decoder_length), jnp.int32)
+        jaxpr = jax.make_jaxpr(
+            lambda params, *tokens: T5(config).apply({"params": params}, *tokens)
+        )(parameter_shapes(config), encoder_tokens, decoder_tokens)
+        expected = rows * config.flops_per_sequence(encoder_length, decoder_length)
+        assert matmul_flops(jaxpr.jaxpr) == expected
+
+    def test_by_hand(self):
+        # One layer each, widths 2, inner 3 · 5 = 15, d_ff 7, V 11; 4 source and 1 target token.
+        config = ModelConfig(
+            vocab_size=11,
+            d_model=2,
+            d_ff=7,
+            num_heads=3,
+            head_dim=5,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+        )
+        encoder = 4 * (4 * 2 * 15) + 2 * 4 * 4 * 15 + 4 * (2 * 2 * 7)  # 480 + 480 + 112
+        decoder = 4 * 2 * 15 + 2 * 15 + 2 * 2 * 7  # 120 + 30 + 28
+        cross = 2 * (1 + 4) * 2 * 15 + 2 * 1 * 4 * 15  # q, o of 1 and k, v of 4: 300 + 120
+        head = 2 * 11
+        flops = 2 * (encoder + decoder + cross + head)
+        assert config.flops_per_sequence(4, 1) == flops == 3384
+        assert config.flops_per_token(4, 1) == flops / 5
+
+    def test_experts_cost_a_router_only(self):
+        dense, sparse = ZOO["T5-Base 1.0"][0], ZOO["Switch-Base-128"][0]
+        routers = 2 * 768 * 128 * (6 * 512 + 6 * 114)
+        difference = sparse.flops_per_sequence(512, 114) - dense.flops_per_sequence(512, 114)
+        assert difference == routers
+
+
+class TestLayout:
+    @pytest.mark.parametrize(
+        ("depth", "fields", "expected"),
+        [
+            (12, {}, [1, 3, 5, 7, 9, 11]),
+            (12, {"sparse_every": 1}, list(range(12))),
+            (12, {"sparse_every": 3}, [2, 5, 8, 11]),
+            (12, {"sparse_every": 4, "sparse_layout": "bottom"}, [0, 1, 2]),
+            (12, {"sparse_every": 4, "sparse_layout": "middle"}, [4, 5, 6]),
+            (12, {"sparse_every": 4, "sparse_layout": "top"}, [9, 10, 11]),
+            (27, {"sparse_every": 4}, [3, 7, 11, 15, 19, 23]),
+            (5, {}, [1, 3]),
+            (5, {"sparse_layout": "bottom"}, [0, 1]),
+            (5, {"sparse_layout": "middle"}, [1, 2]),
+            (5, {"sparse_layout": "top"}, [3, 4]),
+            (3, {"sparse_every": 4}, []),
+            (3, {"sparse_every": 4, "sparse_layout": "top"}, []),
+        ],
+    )
+    def test_both_stacks(self, depth, fields, expected):
+        config = t5(depth, 768, 3072, 12, moe=MoeConfig(), **fields)
+        sparse = tuple(layer in expected for layer in range(depth))
+        assert config.encoder_sparse == config.decoder_sparse == sparse
+
+    def test_stacks_of_different_depth(self):
+        config = ModelConfig(num_encoder_layers=4, num_decoder_layers=2, moe=MoeConfig())
+        assert config.encoder_sparse == (False, True, False, True)
+        assert config.decoder_sparse == (False, True)
+
+    def test_explicit_layers_replace_the_layout_of_their_stack(self):
+        config = t5(4, 768, 3072, 12, moe=MoeConfig(), encoder_sparse_layers=[0, 3])
+        assert config.encoder_sparse == (True, False, False, True)
+        assert config.decoder_sparse == (False, True, False, True)
+        config = dataclasses.replace(config, decoder_sparse_layers=())
+        assert config.decoder_sparse == (False,) * 4
+
+    def test_dense_models_have_none(self):
+        config = t5(4, 768, 3072, 12, encoder_sparse_layers=(1,))
+        assert config.encoder_sparse == config.decoder_sparse == (False,) * 4
+
+
+class TestJson:
+    @pytest.mark.parametrize(
+        "config",
+        [
+            ModelConfig(),
+            ModelConfig(moe=MoeConfig(capacity_factor=None, group_size="row")),
+            ModelConfig(
+                moe=MoeConfig(num_experts=3, group_size=17),
+                activations=("gelu", "linear"),
+                encoder_sparse_layers=(0, 5),
+                decoder_sparse_layers=(),
+                dtype="bfloat16",
+                layer_norm_epsilon=1e-7,
+            ),
+        ],
+    )
+    def test_round_trip(self, config):
+        again = ModelConfig.from_json(config.to_json())
+        assert again == config
+        assert hash(again) == hash(config)  # lists are tuples again
+
+    def test_every_field_is_written(self):
+        written = json.loads(ModelConfig(moe=MoeConfig()).to_json())
+        assert set(written) == {field.name for field in dataclasses.fields(ModelConfig)}
+        assert set(written["moe"]) == {field.name for field in dataclasses.fields(MoeConfig)}
+
+    def test_missing_fields_take_their_defaults(self):
+        assert ModelConfig.from_json('{"d_model": 512}') == ModelConfig(d_model=512)
+        assert ModelConfig.from_json('{"moe": {}}') == ModelConfig(moe=MoeConfig())
+        assert ModelConfig.from_json('{"moe": null}') == ModelConfig()
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ('{"d_modell": 512}', "ModelConfig has no field 'd_modell'; did you mean 'd_model'?"),
+            (
+                '{"moe": {"num_expert": 8}}',
+                "MoeConfig has no field 'num_expert'; did you mean 'num_experts'?",
+            ),
+            ('{"d_model": 512', "is not JSON"),
+            ("[1, 2]", "one JSON object"),
+            ('{"moe": 8}', "moe"),
+            ('{"moe": ["num_experts"]}', "moe"),
+            ('{"d_model": 0}', "ModelConfig.d_model = 0"),
+            ('{"moe": {"num_experts": 0}}', "MoeConfig.num_experts = 0"),
+        ],
+    )
+    def test_unreadable(self, text, message):
+        with pytest.raises(UserError) as error:
+            ModelConfig.from_json(text)
+        assert message.lower() in str(error.value).lower()
+
+
+class TestBadValues:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            *(
+                ({field: 0}, f"{field} = 0: should be at least 1")
+                for field in (
+                    "vocab_size",
+                    "d_model",
+                    "d_ff",
+                    "num_heads",
+                    "head_dim",
+                    "num_encoder_layers",
+                    "num_decoder_layers",
+                    "sparse_every",
+                )
+            ),
+            ({"num_heads": -12}, "num_heads = -12: should be at least 1"),
+            ({"activations": ()}, "activations = ()"),
+            (
+                {"activations": ("gellu", "linear")},
+                "activations = ('gellu', 'linear'): 'gellu' is unknown; did you mean 'gelu'?",
+            ),
+            ({"relative_attention_num_buckets": 30}, "relative_attention_num_buckets = 30"),
+            ({"relative_attention_num_buckets": 0}, "relative_attention_num_buckets = 0"),
+            ({"relative_attention_max_distance": 16}, "relative_attention_max_distance = 16"),
+            ({"layer_norm_epsilon": 0.0}, "layer_norm_epsilon = 0.0: should be positive"),
+            ({"dropout_rate": 1.0}, "dropout_rate = 1.0: should be in [0, 1)"),
+            ({"dropout_rate": -0.1}, "dropout_rate = -0.1"),
+            ({"dropout_rate": float("nan")}, "dropout_rate = nan"),
+            ({"init_scale": 0.0}, "init_scale = 0.0: should be positive"),
+            ({"sparse_layout": "botom"}, "sparse_layout = 'botom' is unknown; did you mean"),
+            ({"dtype": "bf16"}, "dtype = 'bf16' is unknown"),
+            ({"remat": "ful"}, "remat = 'ful' is unknown; did you mean 'full'?"),
+            ({"encoder_sparse_layers": (12,)}, "encoder_sparse_layers = (12,): should be inc"),
+            ({"encoder_sparse_layers": (3, 1)}, "encoder_sparse_layers = (3, 1)"),
+            ({"encoder_sparse_layers": (1, 1)}, "encoder_sparse_layers = (1, 1)"),
+            ({"decoder_sparse_layers": (-1,)}, "decoder_sparse_layers = (-1,)"),
+            (
+                {"num_decoder_layers": 2, "decoder_sparse_layers": [2]},
+                "decoder_sparse_layers = (2,): should be increasing layer numbers below 2",
+            ),
+        ],
+        ids=str,
+    )
+    def test_are_named(self, fields, message):
+        with pytest.raises(UserError) as error:
+            ModelConfig(**fields)
+        assert str(error.value).startswith(f"ModelConfig.{message}")
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"d_model": 768.0}, "d_model = 768.0: a float, should be int"),
+            ({"d_model": True}, "d_model = True: a bool, should be int"),
+            ({"dropout_rate": "0.1"}, "dropout_rate = '0.1': a str, should be float"),
+            ({"activations": "relu"}, "activations = 'relu': a str, should be"),
+            ({"activations": ("relu", 3)}, "activations = ('relu', 3): a tuple, should be"),
+            ({"encoder_sparse_layers": (1, "2")}, "encoder_sparse_layers = (1, '2')"),
+            ({"encoder_sparse_layers": 3}, "encoder_sparse_layers = 3: a int, should be"),
+            ({"tie_embeddings": 1}, "tie_embeddings = 1: a int, should be bool"),
+            ({"moe": {"num_experts": 8}}, "moe = {'num_experts': 8}: a dict, should be"),
+        ],
+        ids=str,
+    )
+    def test_of_the_wrong_type_are_named(self, fields, message):
+        for _ in range(5):  # an element drawn at random is not a check
+            with pytest.raises(UserError) as error:
+                ModelConfig(**fields)
+            assert str(error.value).startswith(f"ModelConfig.{message}")
+
+    def test_an_integer_is_a_number(self):
+        assert ModelConfig(init_scale=1, dropout_rate=0).init_scale == 1
+
+    def test_lists_become_tuples(self):
+        config = ModelConfig(activations=["gelu", "linear"], encoder_sparse_layers=[1, 2])
+        assert config.activations == ("gelu", "linear")
+        assert config.encoder_sparse_layers == (1, 2)
+        assert isinstance(hash(config), int)
