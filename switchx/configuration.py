@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import gin
+import jax
 from gin import config as gin_config
 
 from switchx.errors import UserError, closest
@@ -119,6 +120,16 @@ def main(config_class: type[T], run: Callable[[T, str], Any], description: str) 
         where = f": {error.filename}" if error.filename else ""
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         sys.exit(2)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"error: out of memory ({reason}); lower BATCH_SIZE, raise NUM_MICROBATCHES or set "
+            "ModelConfig.remat = 'full'",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     except Interrupted as interrupted:
         sys.exit(128 + interrupted.signum)
     except KeyboardInterrupt:
@@ -156,12 +167,16 @@ def _check_file(file: str, roots: Sequence[str]) -> None:
 def _quote(binding: str) -> str:
     """Quote the value of NAME=VALUE if it can only be meant as a string."""
     name, value = (part.strip() for part in binding.split("=", 1))
-    if value.startswith(("@", "%")) or re.search(r"[@%]\w", value) and value[:1] in "[({":
+    if (
+        value.startswith(("@", "%"))
+        or re.search(r"[@%]\w", value)
+        and value.startswith(("[", "(", "{"))
+    ):
         return f"{name} = {value}"
     try:
         ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        if value[:1] in "[({":
+        if value.startswith(("[", "(", "{")):
             raise UserError(f"--gin.{binding}: the value is not a Python literal") from None
         value = repr(value)
     return f"{name} = {value}"
@@ -210,6 +225,8 @@ def _explain(error: Exception) -> str:
         return f"{name} has no field {field!r}{closest(field, _fields(match[1]))}{where}"
     if match := re.search(r"No bindings specified for '(\w+)/gin.macro'", text):
         return f"{match[1]} has no value; give --gin.{match[1]}=VALUE or bind it in the gin file"
+    if match := re.search(r"not NoneType In file .* include '([^']+)'", text):
+        return f"include {match[1]!r}: no such file{where}"
     if match := re.search(r"No configurable matching '([\w.]+)'", text):
         return f"there is nothing called {match[1]!r} to bind{closest(match[1], _names())}{where}"
     if match := re.search(r"Couldn't resolve selector ([\w.]+)", text):

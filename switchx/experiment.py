@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
 from switchx import sharding
@@ -127,6 +128,8 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
             f"ModelConfig.vocab_size = {model.vocab_size} is too small for vocabulary "
             f"{data.vocabulary!r} with {vocabulary} ids; set vocab_size to {vocabulary} or more"
         )
+    if model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UserError("ModelConfig.dtype = 'float64' needs JAX_ENABLE_X64=1 in the environment")
     rows, shards = data.batch_size, sharding.batch_shards(mesh)
     pieces = experiment.num_microbatches
     if rows % pieces:
@@ -157,7 +160,7 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
             f"MoeConfig.group_size = {model.moe.group_size}: routing groups of so many tokens do "
             f"not divide over {pieces} microbatch(es) x {shards} device(s) with BATCH_SIZE = "
             f"{rows} and TASK_FEATURE_LENGTHS = {data.task_feature_lengths}; what fits: "
-            f"{', '.join(['row', *map(str, fits)])}"
+            f"{', '.join(['row', *map(str, fits[:8])])}"
         )
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from switchx import sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
+from switchx.errors import UserError
 from switchx.experiment import MAY_CHANGE, Experiment, check_fits
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate, make_eval_step
@@ -48,7 +49,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
         check_fits(experiment, mesh)
         directory = RunDirectory(experiment.model_dir)
         try:
-            directory.claim(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
+            directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
             with sharding.use(mesh):
                 return _Run(experiment, directory, mesh, stop).run(config_gin)
         finally:
@@ -98,6 +99,13 @@ class _Run:
             )
             print(overview(experiment, abstract, self.mesh), flush=True)
             state, position = self._initial_state(create, abstract)
+            if int(state.step) > experiment.train_steps or (
+                int(state.step) == experiment.train_steps and position is None
+            ):
+                raise UserError(
+                    f"TRAIN_STEPS = {experiment.train_steps} is not beyond step {int(state.step)}, "
+                    "where this run starts; it counts from the beginning of training"
+                )
             batches, self.eval_batches, self.sample_batch = building.result()
             self._write_descriptions(config_gin)
             compiled = self._compile(optimizer, abstract)
@@ -214,6 +222,8 @@ class _Run:
         return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows), batch)
 
     def _write_descriptions(self, config_gin: str) -> None:
+        # Only now that the data is good: a mistaken path must not claim the directory.
+        self.directory.write_json("config.json", dataclasses.asdict(self.experiment))
         if config_gin:
             self.directory.write_text("config.gin", config_gin)
         self.directory.write_text("model.json", self.experiment.model.to_json() + "\n")

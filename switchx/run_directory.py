@@ -3,6 +3,7 @@
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -73,8 +74,8 @@ class RunDirectory:
         else:
             (self.path / "DONE").unlink(missing_ok=True)
 
-    def claim(self, config: Mapping[str, Any], *, may_change: Iterable[str]) -> None:
-        """Write config.json, or check that the one there is the same.
+    def check_free(self, config: Mapping[str, Any], *, may_change: Iterable[str]) -> None:
+        """Check that this configuration may run here: a new directory, or the same configuration.
 
         Args:
           config: resolved configuration, JSON values, nested.
@@ -104,7 +105,6 @@ class RunDirectory:
                 f"MODEL_DIR = {str(self.path)!r} holds checkpoints without a config.json; "
                 "choose another MODEL_DIR"
             )
-        self.write_json("config.json", config)
 
     def read_json(self, name: str) -> Any:
         """Content of a JSON file.
@@ -153,13 +153,22 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and flush it."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        """Append one row and flush it; NaN and infinities, which JSON lacks, become null."""
+        text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+        self._file.write(text + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions(devices: Iterable[Any], mesh: Mapping[str, int]) -> dict[str, Any]:

@@ -101,7 +101,10 @@ CASES = {
     ),
     "macro bound twice": (["--gin_file={tmp}/twice.gin"], ["twice.gin:3", "TRAIN_STEPS", "line 2"]),
     "gin syntax": (["--gin_file={tmp}/syntax.gin"], ["syntax.gin"]),
-    "missing include": (["--gin_file={tmp}/include.gin"], ["switch_tyny.gin"]),
+    "missing include": (
+        ["--gin_file={tmp}/include.gin"],
+        ["include.gin:1", "'gin_configs/switch_tyny.gin'", "no such file"],
+    ),
     "binding nothing uses": (["--gin_file={tmp}/unused.gin"], ["FileTask", "never used"]),
     "macro without value": (["--gin_file={tmp}/required.gin"], ["TEXT_FILES"]),
     "misspelt field": (["--gin_file={tmp}/field.gin"], ["d_modle", "d_model"]),

@@ -30,21 +30,21 @@ def test_one_process_at_a_time(tmp_path):
 
 def test_another_configuration_is_refused_with_the_differing_keys(tmp_path):
     directory = RunDirectory(str(tmp_path))
-    directory.claim(CONFIG, may_change=())
-    directory.claim(CONFIG, may_change=())
+    directory.check_free(CONFIG, may_change=())
+    directory.write_json("config.json", CONFIG)
+    directory.check_free(CONFIG, may_change=())
     other = {"model": {"d_model": 16, "layers": [1, 2]}, "train_steps": 9}
     with pytest.raises(UserError, match=r"model.d_model \(there 8, now 16\)") as error:
-        directory.claim(other, may_change=("train_steps",))
+        directory.check_free(other, may_change=("train_steps",))
     assert "train_steps" not in str(error.value)
     assert directory.read_json("config.json") == CONFIG
-    directory.claim(CONFIG | {"train_steps": 9}, may_change=("train_steps",))
-    assert directory.read_json("config.json")["train_steps"] == 9
+    directory.check_free(CONFIG | {"train_steps": 9}, may_change=("train_steps",))
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path):
     (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     with pytest.raises(UserError, match="without a config.json"):
-        RunDirectory(str(tmp_path)).claim(CONFIG, may_change=())
+        RunDirectory(str(tmp_path)).check_free(CONFIG, may_change=())
 
 
 def test_a_file_is_no_directory(tmp_path):
@@ -91,6 +91,13 @@ def test_rows_after_the_last_step_and_half_rows_are_forgotten(tmp_path):
         {"step": 2, "text": "é"},
         {"step": 3, "text": "again"},
     ]
+
+
+def test_rows_are_json_whatever_the_numbers(tmp_path):
+    rows = JsonLines(tmp_path / "metrics.jsonl", last_step=0)
+    rows.write({"step": 1, "loss": float("nan"), "by_layer": {"a": [float("inf"), 2.0]}})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "by_layer": {"a": [None, 2.0]}}
 
 
 def test_versions_name_packages_and_command():

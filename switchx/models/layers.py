@@ -70,6 +70,26 @@ class TokenEmbedder(nn.Module):
         return jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.config.dtype)
 
 
+class OutputHead(nn.Module):
+    """Output head of untied models: logits of every token, in float32 at least."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Project to the vocabulary, accumulating in float32 at least."""
+        kernel_DV = self.param(
+            "kernel",
+            axes(truncated_normal(self.config.init_scale), ("embed", "vocab")),
+            (self.config.d_model, self.config.vocab_size),
+            jnp.float32,
+        )
+        dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        return jnp.einsum(
+            "btd,dv->btv", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=dtype
+        )
+
+
 class Mlp(nn.Module):
     """Dense feed-forward layer, plain or gated; the experts' dense counterpart."""
 

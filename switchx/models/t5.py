@@ -13,7 +13,14 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from switchx.models.attention import Attention, attention_mask
 from switchx.models.config import ModelConfig
-from switchx.models.layers import Dense, Mlp, RelativePositionBias, RMSNorm, TokenEmbedder, dropout
+from switchx.models.layers import (
+    Mlp,
+    OutputHead,
+    RelativePositionBias,
+    RMSNorm,
+    TokenEmbedder,
+    dropout,
+)
 from switchx.models.stacking import Segment, segments
 from switchx.moe.assignment import RouterStats
 from switchx.moe.layer import MoeLayer
@@ -209,7 +216,7 @@ class T5(nn.Module):
         self.encoder = Stack(config, config.encoder_sparse, causal=False)
         self.decoder = Stack(config, config.decoder_sparse, causal=True)
         if not config.tie_embeddings:
-            self.logits_dense = Dense(config.vocab_size, ("embed", "vocab"), config.init_scale)
+            self.logits_dense = OutputHead(config)
 
     def __call__(
         self,
@@ -309,6 +316,8 @@ class T5(nn.Module):
 
     def logits(self, decoded_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Output head, accumulated in float32 at least."""
+        if not self.config.tie_embeddings:
+            return self.logits_dense(decoded_BTD)
         head_VD = output_head(nn.unbox(self.variables["params"])).astype(decoded_BTD.dtype)
         dtype = jnp.promote_types(decoded_BTD.dtype, jnp.float32)
         return jnp.einsum("btd,vd->btv", decoded_BTD, head_VD, preferred_element_type=dtype)

@@ -104,14 +104,21 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict[str, int]]:
         """The newest complete checkpoint: state, as `abstract` is sharded, and data position."""
         step = self._manager.latest_step()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(abstract.params),
-                optimizer=ocp.args.StandardRestore(_without_params(abstract)),
-                data=ocp.args.JsonRestore(),
-            ),
-        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    optimizer=ocp.args.StandardRestore(_without_params(abstract)),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); "
+                "remove that folder to go on from the one before it"
+            ) from error
         state = TrainState(params=restored["params"], **restored["optimizer"])
         return state, restored["data"]
 
@@ -166,7 +173,13 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         params = checkpointer.restore(directory / "params", abstract.params)
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
-        rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
+        try:
+            rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
+        except ValueError as error:
+            raise UserError(
+                f"the optimizer state of {path} is not that of this OptimizerConfig; use the same "
+                "one, or leave Experiment.initial_optimizer off"
+            ) from error
         return TrainState(params=params, **rest)
 
 

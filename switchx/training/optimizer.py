@@ -57,8 +57,9 @@ class OptimizerConfig:
       epsilon: AdamW: added to the root of the second moment.
 
     Raises:
-      UserError: a field has the wrong type, is out of range, is missing, or has no effect under
-        the chosen optimizer or schedule.
+      UserError: a field has the wrong type or is out of range; `decay_steps` is missing where it is
+        needed; or `decay_steps`, `final_fraction`, `weight_decay` or `momentum` is set where it has
+        no effect. The other constants of the optimizer that is not chosen are ignored.
     """
 
     name: str = "adafactor"

@@ -64,7 +64,7 @@ class Progress:
         self._writer = writer
         self._summarize = summarize
         self._learning_rate = learning_rate
-        self._first_step = first_step
+        self._host = jax.local_devices(backend="cpu")[0]
         self._last_step = last_step
         self._log_period = log_period
         self._flops_per_step = flops_per_step
@@ -100,7 +100,7 @@ class Progress:
         if not metrics.finite:
             self._handle_nonfinite(step, summary, float(metrics.grad_norm))
         rate = self._tokens / max(self._seconds, 1e-9)
-        if step == self._first_step + 1 or step % self._log_period == 0:
+        if step == 1 or step % self._log_period == 0:
             self._write(step, summary, metrics, rate)
         self._last = summary
         self._bar.update(1)
@@ -126,10 +126,13 @@ class Progress:
         step_seconds = self._seconds / self._steps
         mfu = self._flops_per_step / step_seconds / self._peak if self._peak else None
         row = dict(summary)
+        # On the host's own device, where it need not wait for the step that is running.
+        with jax.default_device(self._host):
+            learning_rate = float(self._learning_rate(step - 1))
         row |= {
-            "learning_rate": float(self._learning_rate(step - 1)),
+            "learning_rate": learning_rate,
             "grad_norm": float(metrics.grad_norm),
-            "skipped_updates": self._skipped,
+            "update_skipped": not bool(metrics.finite),
             "tokens_per_second": round(rate, 1),
             "step_seconds": round(step_seconds, 6),
             "mfu": mfu,

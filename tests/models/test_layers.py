@@ -57,11 +57,13 @@ class TestRMSNorm:
         np.testing.assert_allclose(y, x / np.sqrt(mean_square + 1e-2) * scale_D, rtol=1e-5)
 
     def test_statistics_of_bfloat16_are_float32(self):
-        # 4096 equal terms: a bfloat16 sum stalls at 256 of them.
-        x = jnp.full((4096,), 3.0, jnp.bfloat16)
-        y = RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(4096)}}, x)
+        # Rounded to bfloat16 once, at the end, but for a few elements on the edge of float32.
+        x = normal(50, 64).astype(jnp.bfloat16)
+        y = RMSNorm(1e-6).apply({"params": {"scale": jnp.ones(64)}}, jnp.asarray(x))
         assert y.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(y.astype(np.float32), np.ones(4096))
+        exact = x.astype(np.float64)
+        exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + 1e-6)
+        assert np.mean(np.asarray(y) == exact.astype(jnp.bfloat16)) > 0.99
 
 
 class TestTokenEmbedder:

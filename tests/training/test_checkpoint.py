@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -135,6 +136,32 @@ def test_parameters_that_do_not_fit_are_named(plan, tmp_path):
     )
     with pytest.raises(UserError, match=r"mlp/wi/kernel is \(10, 14\) there, \(10, 16\) here"):
         restore_from(str(tmp_path), wider, optimizer=False)
+
+
+def test_a_checkpoint_with_a_missing_file_is_named(plan, tmp_path):
+    state, abstract = plan
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(at_step(state, 4), {})
+    checkpointer.close()
+    shutil.rmtree(tmp_path / "4" / "params")
+    with pytest.raises(UserError, match=r"4 cannot be read .* remove that folder"):
+        Checkpointer(tmp_path).restore(abstract)
+
+
+def test_the_state_of_another_optimizer_is_refused(config, plan, tmp_path):
+    state, _ = plan
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(at_step(state, 1), {})
+    checkpointer.close()
+    adamw = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")
+    _, other, _ = create_state(
+        T5(config),
+        lambda axes: make_optimizer(adamw, axes),
+        seed=1,
+        mesh=sharding.make_mesh({"data": 1}, jax.devices()[:1]),
+    )
+    with pytest.raises(UserError, match="not that of this OptimizerConfig"):
+        restore_from(str(tmp_path), other, optimizer=True)
 
 
 def test_no_checkpoint_there(plan, tmp_path):
