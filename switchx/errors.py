@@ -42,7 +42,10 @@ def check_types(config: Any) -> None:
         value, hint = getattr(config, field.name), hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         misfit = isinstance(value, bool) and hint is not Any and bool not in members
-        if misfit or not is_bearable(value, hints[field.name], conf=_INT_IS_FLOAT):
+        # Beartype looks at one element of a sequence, so every element is shown to it alone.
+        parts = [type(value)([each]) for each in value] if type(value) in (list, tuple) else []
+        fits = all(is_bearable(x, hints[field.name], conf=_INT_IS_FLOAT) for x in (value, *parts))
+        if misfit or not fits:
             name = getattr(hint, "__name__", None) if isinstance(hint, type) else None
             raise UserError(
                 f"{type(config).__name__}.{field.name} = {value!r}: "

@@ -227,7 +227,11 @@ class ModelConfig:
         if not isinstance(values, dict):
             raise UserError("model.json should hold one JSON object")
         moe = values.pop("moe", None)
-        return _from_dict(cls, {**values, "moe": _from_dict(MoeConfig, moe) if moe else None})
+        if moe is not None and not isinstance(moe, dict):
+            raise UserError(f"model.json: moe = {moe!r} should be one JSON object or null")
+        return _from_dict(
+            cls, {**values, "moe": None if moe is None else _from_dict(MoeConfig, moe)}
+        )
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: gate and experts, and the four steps in order."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -70,7 +71,8 @@ class MoeConfig:
         check_choice(self, "dispatch", DISPATCHERS)
         for field in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, field)
-            check_range(self, field, factor is None or factor > 0, "positive, or None for dropless")
+            valid = factor is None or 0 < factor < math.inf
+            check_range(self, field, valid, "positive, or None for dropless")
         check_range(self, "min_capacity", self.min_capacity >= 0, "0 or more")
         if isinstance(self.group_size, str):
             check_range(self, "group_size", self.group_size == "row", "a number of tokens or 'row'")

@@ -315,6 +315,13 @@ class TestJson:
         assert message.lower() in str(error.value).lower()
 
 
+def construct(config_class, **fields):
+    """As outside of the test run, where no type checker stands before the class's own checks."""
+    config = object.__new__(config_class)
+    getattr(config_class.__init__, "__wrapped__", config_class.__init__)(config, **fields)
+    return config
+
+
 class TestBadValues:
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -383,11 +390,11 @@ class TestBadValues:
     def test_of_the_wrong_type_are_named(self, fields, message):
         for _ in range(5):  # an element drawn at random is not a check
             with pytest.raises(UserError) as error:
-                ModelConfig(**fields)
+                construct(ModelConfig, **fields)
             assert str(error.value).startswith(f"ModelConfig.{message}")
 
     def test_an_integer_is_a_number(self):
-        assert ModelConfig(init_scale=1, dropout_rate=0).init_scale == 1
+        assert construct(ModelConfig, init_scale=1, dropout_rate=0).init_scale == 1
 
     def test_lists_become_tuples(self):
         config = ModelConfig(activations=["gelu", "linear"], encoder_sparse_layers=[1, 2])

@@ -410,6 +410,13 @@ class TestParameters:
         np.testing.assert_allclose(np.std(params["router"]["kernel"]), 0.02, rtol=0.2)
 
 
+def construct(config_class, **fields):
+    """As outside of the test run, where no type checker stands before the class's own checks."""
+    config = object.__new__(config_class)
+    getattr(config_class.__init__, "__wrapped__", config_class.__init__)(config, **fields)
+    return config
+
+
 class TestMoeConfig:
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -453,11 +460,11 @@ class TestMoeConfig:
     )
     def test_wrong_types_are_named(self, fields, message):
         with pytest.raises(UserError) as error:
-            MoeConfig(**fields)
+            construct(MoeConfig, **fields)
         assert str(error.value).startswith(f"MoeConfig.{message}")
 
     def test_an_integer_is_a_number(self):
-        config = MoeConfig(capacity_factor=1, jitter_noise=0, router_z_weight=0)
+        config = construct(MoeConfig, capacity_factor=1, jitter_noise=0, router_z_weight=0)
         assert config.capacity_factor == 1
 
     def test_edges_are_accepted(self):
