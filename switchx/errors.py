@@ -39,11 +39,12 @@ def check_types(config: Any) -> None:
     """
     hints: dict[str, Any] = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, hint = getattr(config, field.name), hints[field.name]
+        value: Any = getattr(config, field.name)
+        hint = hints[field.name]
         members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
         misfit = isinstance(value, bool) and hint is not Any and bool not in members
         # Beartype looks at one element of a sequence, so every element is shown to it alone.
-        parts = [type(value)([each]) for each in value] if type(value) in (list, tuple) else []
+        parts = [type(value)([x]) for x in value] if isinstance(value, list | tuple) else []
         fits = all(is_bearable(x, hints[field.name], conf=_INT_IS_FLOAT) for x in (value, *parts))
         if misfit or not fits:
             name = getattr(hint, "__name__", None) if isinstance(hint, type) else None
