@@ -23,6 +23,7 @@ from switchx.training.loop import Interrupted
 T = TypeVar("T")
 
 _BOUND_NAME = re.compile(r"^([A-Za-z_][\w./]*)\s*=")
+_INCLUDE = re.compile(r"^include\s+['\"]([^'\"]+)['\"]")
 
 
 def build(
@@ -51,7 +52,7 @@ def build(
     if not gin_files:
         raise UserError("no configuration; give --gin_file=gin_configs/switch_tiny.gin")
     for file in gin_files:
-        _check_file(file, ["", *roots])
+        _check_file(file, ["", *roots], f"--gin_file={file}")
     try:
         gin.parse_config(f"MODEL_DIR = {_run_name(gin_files)!r}")
         gin.parse_config_files_and_bindings(
@@ -141,19 +142,24 @@ def _run_name(gin_files: Sequence[str]) -> str:
     return "runs/" + "-".join(pathlib.Path(file).stem for file in gin_files)
 
 
-def _check_file(file: str, roots: Sequence[str]) -> None:
-    """Check that the file exists and binds nothing twice."""
+def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[str] = ()) -> None:
+    """Check that the file and what it includes exist, end, and bind nothing twice."""
+    if file in within:
+        raise UserError(f"{asked}: the file would include itself")
     found = next((path for root in roots if (path := pathlib.Path(root, file)).is_file()), None)
     if found is None:
         folder = pathlib.Path(file).parent
-        siblings = [
+        siblings = {
             str(folder / path.name)
             for root in roots
             for path in pathlib.Path(root, folder).glob("*.gin")
-        ]
-        raise UserError(f"--gin_file={file}: no such file{closest(file, set(siblings))}")
+        }
+        raise UserError(f"{asked}: no such file{closest(file, siblings)}")
     first_line: dict[str, int] = {}
     for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), start=1):
+        if match := _INCLUDE.match(line):
+            asked_here = f"{file}:{number}: include {match[1]!r}"
+            _check_file(match[1], roots, asked_here, [*within, file])
         if match := _BOUND_NAME.match(line):
             name = match[1]
             if name in first_line:
@@ -225,8 +231,6 @@ def _explain(error: Exception) -> str:
         return f"{name} has no field {field!r}{closest(field, _fields(match[1]))}{where}"
     if match := re.search(r"No bindings specified for '(\w+)/gin.macro'", text):
         return f"{match[1]} has no value; give --gin.{match[1]}=VALUE or bind it in the gin file"
-    if match := re.search(r"not NoneType In file .* include '([^']+)'", text):
-        return f"include {match[1]!r}: no such file{where}"
     if match := re.search(r"No configurable matching '([\w.]+)'", text):
         return f"there is nothing called {match[1]!r} to bind{closest(match[1], _names())}{where}"
     if match := re.search(r"Couldn't resolve selector ([\w.]+)", text):

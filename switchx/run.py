@@ -26,7 +26,7 @@ from switchx.training.loop import train as train_loop
 from switchx.training.metrics import MetricsWriter, summarize
 from switchx.training.optimizer import learning_rate_schedule, make_optimizer
 from switchx.training.progress import Progress
-from switchx.training.state import TrainState, create_state
+from switchx.training.state import TrainState, create_state, run_rng
 from switchx.training.step import make_train_step
 
 
@@ -42,34 +42,26 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
 
     Raises:
       UserError: the configuration, the data or the directory does not allow it.
-      Interrupted: SIGINT or SIGTERM, after saving.
+      Interrupted: SIGINT or SIGTERM during training, after saving.
     """
-    with StopSignals().caught() as stop:
-        mesh = sharding.make_mesh(experiment.mesh)
-        check_fits(experiment, mesh)
-        directory = RunDirectory(experiment.model_dir)
-        try:
-            directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
-            with sharding.use(mesh):
-                return _Run(experiment, directory, mesh, stop).run(config_gin)
-        finally:
-            directory.close()
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_fits(experiment, mesh)
+    directory = RunDirectory(experiment.model_dir)
+    try:
+        directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
+        with sharding.use(mesh):
+            return _Run(experiment, directory, mesh).run(config_gin)
+    finally:
+        directory.close()
 
 
 class _Run:
     """The parts of a run, built in the order of the data, and the hooks that tie them."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        directory: RunDirectory,
-        mesh: Mesh,
-        stop: StopSignals,
-    ):
+    def __init__(self, experiment: Experiment, directory: RunDirectory, mesh: Mesh):
         self.experiment = experiment
         self.directory = directory
         self.mesh = mesh
-        self.stop = stop
         self.model = T5(experiment.model)
         self.task = experiment.data.mixture_or_task_name
         self.evaluated: dict[str, Any] = {}
@@ -126,6 +118,13 @@ class _Run:
             on_nonfinite=experiment.on_nonfinite,
         )
         directory.set_done(False)
+        # Before this there is nothing to save, and a signal may end the process where it stands.
+        with StopSignals().caught() as stop:
+            self._train(state, compiled, stop)
+        return self.evaluated
+
+    def _train(self, state: TrainState, compiled: Any, stop: StopSignals) -> None:
+        experiment, directory = self.experiment, self.directory
         try:
             train_loop(
                 state,
@@ -138,7 +137,7 @@ class _Run:
                     Hook(experiment.checkpoint_period, self._save),
                 ],
                 save=self._save,
-                stop=self.stop,
+                stop=stop,
             )
             self.checkpointer.close()
             directory.set_done(True)
@@ -152,7 +151,6 @@ class _Run:
             self.batches.close()
             self.writer.close()
             self.samples.close()
-        return self.evaluated
 
     # Building -------------------------------------------------------------------------------
 
@@ -190,7 +188,8 @@ class _Run:
         what = "parameters, optimizer and step" if experiment.initial_optimizer else "parameters"
         print(f"starting from the {what} of {experiment.initial_checkpoint_path}", flush=True)
         if experiment.initial_optimizer:
-            return loaded, None
+            rng = jax.device_put(run_rng(experiment.seed), abstract.rng.sharding)
+            return dataclasses.replace(loaded, rng=rng), None
         return dataclasses.replace(create(), params=loaded.params), None
 
     def _compile(self, optimizer: Any, abstract: TrainState) -> Any:

@@ -49,6 +49,8 @@ FILES = {
     "twice.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = 5\nTRAIN_STEPS = 6\n",
     "syntax.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = = 5\n",
     "include.gin": "include 'gin_configs/switch_tyny.gin'\n",
+    "nested_twice.gin": "include '{tmp}/twice.gin'\n",
+    "circle.gin": "include '{tmp}/circle.gin'\n",
     "unused.gin": textwrap.dedent(
         """
         from __gin__ import dynamic_registration
@@ -103,8 +105,14 @@ CASES = {
     "gin syntax": (["--gin_file={tmp}/syntax.gin"], ["syntax.gin"]),
     "missing include": (
         ["--gin_file={tmp}/include.gin"],
-        ["include.gin:1", "'gin_configs/switch_tyny.gin'", "no such file"],
+        ["include.gin:1", "'gin_configs/switch_tyny.gin'", "no such file", "switch_tiny.gin'"],
     ),
+    "macro bound twice in an include": (
+        ["--gin_file={tmp}/nested_twice.gin"],
+        ["twice.gin:3", "TRAIN_STEPS", "line 2"],
+    ),
+    "include of itself": (["--gin_file={tmp}/circle.gin"], ["circle.gin:1", "itself"]),
+    "no sparse layer": ([TINY, "--gin.ModelConfig.sparse_every=5"], ["sparse_every", "t5"]),
     "binding nothing uses": (["--gin_file={tmp}/unused.gin"], ["FileTask", "never used"]),
     "macro without value": (["--gin_file={tmp}/required.gin"], ["TEXT_FILES"]),
     "misspelt field": (["--gin_file={tmp}/field.gin"], ["d_modle", "d_model"]),
@@ -210,7 +218,7 @@ CASES = {
 def outcomes(tmp_path_factory) -> dict[str, tuple[int | str, str]]:
     folder = tmp_path_factory.mktemp("mistakes")
     for name, text in FILES.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text.replace("{tmp}", str(folder)))
     (folder / "other").mkdir()
     experiment = configuration.build(Experiment, ["gin_configs/switch_tiny.gin"])
     config = json.dumps(dataclasses.asdict(experiment))

@@ -67,7 +67,7 @@ def create_state(
             step=jnp.zeros((), jnp.int32),
             params=params,
             opt_state=optimizer.init(params),
-            rng=jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0)),
+            rng=run_rng(seed),
         )
 
     shapes = jax.eval_shape(init)
@@ -84,6 +84,11 @@ def create_state(
         state_shardings,
     )
     return jax.jit(init, out_shardings=state_shardings), abstract, optimizer
+
+
+def run_rng(seed: int) -> jax.Array:
+    """Key data, uint32 words, of everything random in the training of a run with this seed."""
+    return jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 0))
 
 
 def num_bytes(tree: Any) -> int:

@@ -134,6 +134,18 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(unbroken, tmp_path, signum):
     assert_same_run(directory, unbroken)
 
 
+def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path):
+    directory = tmp_path / "run"
+    process = start(directory)
+    assert process.stdout is not None
+    next(line for line in process.stdout if line.startswith("directory"))
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in output and "Traceback" not in output
+    assert rows(directory) == []
+
+
 def test_the_operative_configuration_is_kept_with_its_defaults(unbroken):
     text = (unbroken / "config.gin").read_text()
     assert f"TRAIN_STEPS = {LAST_STEP}" in text
