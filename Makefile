@@ -9,7 +9,7 @@ train: .venv/installed
 	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/installed
 	.venv/bin/pre-commit run --all-files
@@ -23,4 +23,4 @@ lint: .venv/installed
 	touch .venv/installed
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .pytest_cache runs

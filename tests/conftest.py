@@ -1,11 +1,29 @@
-"""Eight CPU devices, and every silent leniency of JAX turned off."""
+"""Eight CPU devices, every silent leniency of JAX turned off, and cheap compilation.
+
+Most of the tests' time is XLA's. They compile without LLVM's optimisations, which change speed
+and last bits only, and once: later tests and later sessions find the program in a folder that
+`make clean` removes. Whole programs run by tests/e2e compile as users' do.
+"""
 
 import os
+import pathlib
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
 )
+# A folder for each worker: JAX does not write entries atomically.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
+    pathlib.Path(__file__).parents[1]
+    / ".pytest_cache/compiled"
+    / os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 

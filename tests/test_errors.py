@@ -43,7 +43,7 @@ class Config:
         {"numbers": ()},
         {"names": ["gelu", "linear"]},
         {"anything": True},
-        {"anything": object()},
+        {"anything": frozenset()},
     ],
     ids=str,
 )

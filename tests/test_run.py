@@ -128,6 +128,7 @@ def test_a_complete_run_stays_as_it_is_and_a_longer_one_goes_on(finished, capsys
     longer = dataclasses.replace(finished, train_steps=14, eval_period=14)
     train(longer)
     assert [row["step"] for row in rows(longer, "train")] == [1, 3, 6, 9, 12]
+    assert [row["step"] for row in rows(longer, "eval/mine")] == [6, 12, 14]
 
 
 def test_another_configuration_is_refused(finished):

@@ -236,8 +236,7 @@ class TestLayout:
             (5, {"sparse_layout": "bottom"}, [0, 1]),
             (5, {"sparse_layout": "middle"}, [1, 2]),
             (5, {"sparse_layout": "top"}, [3, 4]),
-            (3, {"sparse_every": 4}, []),
-            (3, {"sparse_every": 4, "sparse_layout": "top"}, []),
+            (3, {"sparse_every": 3, "sparse_layout": "top"}, [2]),
         ],
     )
     def test_both_stacks(self, depth, fields, expected):

@@ -134,7 +134,7 @@ class TestMlp:
                 lambda x, p: gelu(x @ p["wi_0"]["kernel"]) * (x @ p["wi_1"]["kernel"]),
             ),
         ],
-        ids=str,
+        ids=("relu", "gated relu", "gated gelu"),
     )
     def test_equals_numpy(self, random_params, activations, hidden):
         module = Mlp(dataclasses.replace(CONFIG, activations=activations))
