@@ -173,6 +173,8 @@ def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[st
 def _quote(binding: str) -> str:
     """Quote the value of NAME=VALUE if it can only be meant as a string."""
     name, value = (part.strip() for part in binding.split("=", 1))
+    if not re.fullmatch(r"[A-Za-z_][\w./]*", name):
+        raise UserError(f"--gin.{binding}: {name!r} is no name; write --gin.NAME=VALUE")
     if (
         value.startswith(("@", "%"))
         or re.search(r"[@%]\w", value)

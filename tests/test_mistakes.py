@@ -96,6 +96,7 @@ CASES = {
     ),
     "unknown flag": ([TINY, "--gin_fil=x"], ["--gin_fil"]),
     "binding without value": ([TINY, "--gin.TRAIN_STEPS"], ["--gin.TRAIN_STEPS=VALUE"]),
+    "binding without name": ([TINY, "--gin.=3"], ["--gin.=3", "--gin.NAME=VALUE"]),
     "misspelt macro": ([TINY, "--gin.TRAIN_STEP=5"], ["TRAIN_STEP ", "TRAIN_STEPS"]),
     "macro of another configuration": (
         ["--gin_file=gin_configs/t5_tiny.gin", "--gin.NUM_EXPERTS=4"],

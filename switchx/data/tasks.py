@@ -204,7 +204,9 @@ def _held_out(
     task: FileTask, stamps: tuple[tuple[str, int, int], ...]
 ) -> tuple[list[corpus.Example], list[corpus.Example]]:
     field = "inputs" if task.objective == "supervised" else "text"
+    examples = _read(task, stamps)
     try:
-        return corpus.hold_out(_read(task, stamps), field, task.validation_fraction)
+        return corpus.hold_out(examples, field, task.validation_fraction)
     except UserError as error:
-        raise UserError(f"{stamps[0][0]!r} (task {task.name!r}): {error}") from error
+        files = ", ".join(repr(path) for path in task.files)
+        raise UserError(f"{files} (task {task.name!r}): {error}") from error
