@@ -27,10 +27,11 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
     experts = ""
     if model.moe:
         sparse = f"{sum(model.encoder_sparse)}+{sum(model.decoder_sparse)} of them sparse"
-        experts = (
-            f", {sparse} with {model.moe.num_experts} experts, capacity factor "
-            f"{model.moe.capacity_factor} (eval {model.moe.eval_capacity_factor})"
-        )
+        slots = f"capacity {model.moe.expert_capacity}"
+        if model.moe.expert_capacity is None:
+            factors = model.moe.capacity_factor, model.moe.eval_capacity_factor
+            slots = f"capacity factor {factors[0]} (eval {factors[1]})"
+        experts = f", {sparse} with {model.moe.num_experts} experts, {slots}"
     layout = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [

@@ -19,7 +19,9 @@ def dropless(config: ModelConfig) -> ModelConfig:
     """The same model with room for any routing, so that no row depends on its batch mates."""
     if config.moe is None:
         return config
-    moe = dataclasses.replace(config.moe, eval_capacity_factor=None, group_size="row")
+    moe = dataclasses.replace(
+        config.moe, eval_capacity_factor=None, expert_capacity=None, group_size="row"
+    )
     return dataclasses.replace(config, moe=moe)
 
 

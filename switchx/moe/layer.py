@@ -36,6 +36,8 @@ class MoeConfig:
       eval_capacity_factor: the same when not training; 2.0, because raising it costs no quality
         and routing of held-out text is less balanced (arXiv:2202.08906, table 8).
       min_capacity: lower bound on the slots per expert and group.
+      expert_capacity: slots per expert and group, in training and evaluation, instead of the
+        three above (Hugging Face's absolute capacity).
       group_size: tokens that compete for the same slots, an upper bound: a group is the largest
         number of whole rows of the global batch that divides it and has at most this many
         tokens. "row" makes each row a group (as Hugging Face does). Independent of the mesh.
@@ -55,6 +57,7 @@ class MoeConfig:
     capacity_factor: float | None = 1.25
     eval_capacity_factor: float | None = 2.0
     min_capacity: int = 4
+    expert_capacity: int | None = None
     group_size: int | str = 4096
     jitter_noise: float = 1e-2
     load_balance_weight: float = 1e-2
@@ -74,6 +77,8 @@ class MoeConfig:
             valid = factor is None or 0 < factor < math.inf
             check_range(self, field, valid, "positive, or None for dropless")
         check_range(self, "min_capacity", self.min_capacity >= 0, "0 or more")
+        valid = self.expert_capacity is None or self.expert_capacity >= 1
+        check_range(self, "expert_capacity", valid, "at least 1, or None")
         if isinstance(self.group_size, str):
             check_range(self, "group_size", self.group_size == "row", "a number of tokens or 'row'")
         else:
@@ -87,6 +92,17 @@ class MoeConfig:
     def top_k(self) -> int:
         """K, experts per token."""
         return 1
+
+    def capacity(self, group_tokens: int, *, train: bool) -> int:
+        """Slots of each expert in a group of so many tokens."""
+        return routing.capacity(
+            group_tokens,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            capacity_factor=self.capacity_factor if train else self.eval_capacity_factor,
+            min_capacity=self.min_capacity,
+            expert_capacity=self.expert_capacity,
+        )
 
 
 def group_shape(batch: int, length: int, group_size: int | str) -> tuple[int, int]:
@@ -214,13 +230,7 @@ class MoeLayer(nn.Module):
         choice = routing.ROUTERS[config.router](logits_GME)
 
         # 2. Placement: choices get slots, up to the experts' capacity.
-        capacity = routing.capacity(
-            group_tokens,
-            num_experts=config.num_experts,
-            top_k=config.top_k,
-            capacity_factor=config.capacity_factor if self.train else config.eval_capacity_factor,
-            min_capacity=config.min_capacity,
-        )
+        capacity = config.capacity(group_tokens, train=self.train)
         slots = routing.place(choice, mask_GM, num_experts=config.num_experts, capacity=capacity)
 
         # 3. Dispatch, experts. Two constraints in sequence, group-sharded then expert-sharded,

@@ -36,13 +36,18 @@ def capacity(
     top_k: int,
     capacity_factor: float | None,
     min_capacity: int = 0,
+    expert_capacity: int | None = None,
 ) -> int:
     """Slots per expert in a group: ``max(ceil(K · factor · M / E), min_capacity)``, at most M.
+
+    An absolute `expert_capacity` replaces the formula, as in Hugging Face.
 
     The paper's capacity (arXiv:2101.03961 §2.2, equation 3) times the choices per token K, so
     that a factor of 1 has room for every choice of a balanced router whatever K is. More than M
     slots could never fill: a token asks an expert once. ``None`` means dropless: M slots.
     """
+    if expert_capacity is not None:
+        return min(expert_capacity, group_tokens)
     if capacity_factor is None:
         return group_tokens
     # Rounding first: 1.1 * 80 / 8 is 11.000000000000002 in floating point.

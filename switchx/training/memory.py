@@ -6,7 +6,7 @@ import jax
 import psutil
 
 from switchx.models.config import ModelConfig
-from switchx.moe.routing import capacity
+from switchx.moe.layer import group_shape
 
 
 class Memory(NamedTuple):
@@ -44,19 +44,14 @@ def estimate(
     width, inner = config.d_model, config.num_heads * config.head_dim
     branches = len(config.activations)
 
-    def feed_forward(tokens: int, sparse: bool) -> int:
+    def feed_forward(length: int, sparse: bool) -> int:
         hidden = (2 * branches + (branches > 1)) * config.d_ff
-        if not sparse:
-            return tokens * hidden * size
-        assert config.moe is not None
-        slots = config.moe.num_experts * capacity(
-            tokens,
-            num_experts=config.moe.num_experts,
-            top_k=config.moe.top_k,
-            capacity_factor=config.moe.capacity_factor,
-            min_capacity=config.moe.min_capacity,
-        )
-        return slots * (2 * width + hidden) * size + tokens * config.moe.num_experts * 4 * 4
+        if not sparse or config.moe is None:
+            return rows * length * hidden * size
+        groups, group_tokens = group_shape(rows, length, config.moe.group_size)
+        slots = groups * config.moe.num_experts * config.moe.capacity(group_tokens, train=True)
+        router = rows * length * config.moe.num_experts * 4 * 4
+        return slots * (2 * width + hidden) * size + router
 
     def attention(queries: int, keys: int) -> int:
         projections = rows * (2 * queries + 2 * keys) * inner * size
@@ -65,7 +60,7 @@ def estimate(
     def stack(length: int, sparse: tuple[bool, ...], cross: int) -> int:
         norms = (2 + bool(cross)) * 2 * rows * length * width * size
         attend = attention(length, length) + (attention(length, cross) if cross else 0)
-        layers = [norms + attend + feed_forward(rows * length, each) for each in sparse]
+        layers = [norms + attend + feed_forward(length, each) for each in sparse]
         if config.remat == "full":
             return len(sparse) * rows * length * width * size + max(layers)
         return sum(layers)

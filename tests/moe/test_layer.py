@@ -430,6 +430,7 @@ class TestMoeConfig:
             ({"capacity_factor": float("inf")}, "capacity_factor = inf"),
             ({"eval_capacity_factor": 0.0}, "eval_capacity_factor = 0.0: should be positive"),
             ({"min_capacity": -1}, "min_capacity = -1: should be 0 or more"),
+            ({"expert_capacity": 0}, "expert_capacity = 0: should be at least 1, or None"),
             ({"group_size": 0}, "group_size = 0"),
             ({"group_size": "rows"}, "group_size = 'rows': should be a number of tokens or 'row'"),
             ({"jitter_noise": 1.0}, "jitter_noise = 1.0"),

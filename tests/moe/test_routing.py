@@ -118,6 +118,12 @@ def test_capacity(tokens, experts, top_k, factor, minimum, expected):
     assert isinstance(capacity, int)
 
 
+def test_an_absolute_capacity_replaces_the_formula():
+    options = {"num_experts": 8, "top_k": 1, "capacity_factor": None, "min_capacity": 9}
+    assert routing.capacity(64, expert_capacity=5, **options) == 5
+    assert routing.capacity(4, expert_capacity=5, **options) == 4
+
+
 class TestPlaceByHand:
     def test_overflow_in_token_order(self):
         # Expert 1 is asked by tokens 0, 2, 3, 5 and has 2 slots: 3 and 5 go without.
