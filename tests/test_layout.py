@@ -20,6 +20,7 @@ ORDER = (
     ("models",),
     ("training",),
     ("inference",),
+    ("interop",),
     ("experiment",),
     ("overview",),
     ("run", "configuration"),
