@@ -155,8 +155,12 @@ def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[st
             for path in pathlib.Path(root, folder).glob("*.gin")
         }
         raise UserError(f"{asked}: no such file{closest(file, siblings)}")
+    try:
+        text = found.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{asked}: not a text file") from None
     first_line: dict[str, int] = {}
-    for number, line in enumerate(found.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if match := _INCLUDE.match(line):
             asked_here = f"{file}:{number}: include {match[1]!r}"
             _check_file(match[1], roots, asked_here, [*within, file])

@@ -75,6 +75,11 @@ class _Run:
             keep=experiment.keep_checkpoints,
             keep_best=experiment.keep_best_checkpoints,
         )
+        if self.checkpointer.latest_step() is None and directory.done:
+            raise UserError(
+                f"MODEL_DIR = {str(directory.path)!r} holds a complete run whose checkpoints are "
+                "gone; choose another MODEL_DIR, or remove it to train again"
+            )
         first_step = self.checkpointer.latest_step() or 0
         if first_step >= experiment.train_steps and directory.done:
             print(f"{directory.path} is complete at step {first_step}; raise TRAIN_STEPS to go on")
@@ -229,9 +234,10 @@ class _Run:
         now = versions(jax.devices(), self.mesh.shape)
         if (self.directory.path / "versions.json").exists():
             before = self.directory.read_json("versions.json")
+            packages = before.get("packages", {}) if isinstance(before, dict) else {}
             changed = [
                 f"{name} {old} -> {now['packages'].get(name)}"
-                for name, old in before.get("packages", {}).items()
+                for name, old in packages.items()
                 if old != now["packages"].get(name)
             ]
             if changed:

@@ -114,7 +114,7 @@ class RunDirectory:
         """
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{self.path / name} is not JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -135,20 +135,25 @@ class JsonLines:
     """A file of JSON objects, one a line, each with a "step", to which rows are appended.
 
     On opening, rows later than `last_step` are dropped: they belong to work that was lost with
-    an interrupted run and is about to be done again, with the same numbers.
+    an interrupted run and is about to be done again, with the same numbers. So is a last line
+    that was cut off; other lines that are no rows are dropped with a warning that counts them.
     """
 
     def __init__(self, path: pathlib.Path, *, last_step: int):
         if path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-                try:
-                    if json.loads(line)["step"] <= last_step:
-                        kept.append(line)
-                except json.JSONDecodeError:  # the half-written last line of a killed run
-                    continue
+            # Not splitlines(): a JSON string may hold U+2028 and the like.
+            lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+            steps = [_step(line) for line in lines]
+            broken = sum(step is None for step in steps[:-1])
+            if broken:
+                print(f"{path}: {broken} line(s) are no JSON rows with a step; dropped", flush=True)
+            kept = [
+                line + b"\n"
+                for line, step in zip(lines, steps, strict=True)
+                if step is not None and step <= last_step
+            ]
             temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
 
@@ -161,6 +166,15 @@ class JsonLines:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 def _finite(value: Any) -> Any:

@@ -53,7 +53,7 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         if name not in MESH_AXES:
             raise UserError(f"MESH: unknown axis {name!r}{closest(name, MESH_AXES)}")
     sizes = [shape.get(name, 1) for name in MESH_AXES]
-    if any(not isinstance(size, int) or size == 0 or size < -1 for size in sizes):
+    if any(type(size) is not int or size == 0 or size < -1 for size in sizes):  # no bool
         raise UserError(f"MESH = {dict(shape)}: sizes are positive integers, or -1 for the rest")
     if sizes.count(-1) > 1:
         raise UserError(f"MESH = {dict(shape)}: only one axis may be -1")

@@ -112,6 +112,8 @@ CASES = {
         ["--gin_file={tmp}/nested_twice.gin"],
         ["twice.gin:3", "TRAIN_STEPS", "line 2"],
     ),
+    "configuration that is no text": (["--gin_file=/bin/ls"], ["/bin/ls", "not a text file"]),
+    "bool in the mesh": ([TINY, "--gin.MESH={'data': True}"], ["MESH", "positive integers"]),
     "include of itself": (["--gin_file={tmp}/circle.gin"], ["circle.gin:1", "itself"]),
     "no sparse layer": ([TINY, "--gin.ModelConfig.sparse_every=5"], ["sparse_every", "t5"]),
     "binding nothing uses": (["--gin_file={tmp}/unused.gin"], ["FileTask", "never used"]),

@@ -131,6 +131,15 @@ def test_a_complete_run_stays_as_it_is_and_a_longer_one_goes_on(finished, capsys
     assert [row["step"] for row in rows(longer, "eval/mine")] == [6, 12, 14]
 
 
+def test_a_complete_run_without_checkpoints_is_not_begun_again(experiment, tmp_path):
+    run = dataclasses.replace(experiment, model_dir=str(tmp_path))
+    path(run, "DONE").touch()
+    path(run, "metrics.jsonl").write_text('{"step": 3}\n')
+    with pytest.raises(UserError, match="checkpoints are gone"):
+        train(run)
+    assert path(run, "metrics.jsonl").read_text() == '{"step": 3}\n'
+
+
 def test_another_configuration_is_refused(finished):
     other = dataclasses.replace(finished, model=dataclasses.replace(MODEL, d_ff=32))
     with pytest.raises(UserError, match=r"model.d_ff \(there 24, now 32\)"):

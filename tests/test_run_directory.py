@@ -93,6 +93,25 @@ def test_rows_after_the_last_step_and_half_rows_are_forgotten(tmp_path):
     ]
 
 
+def test_damaged_rows_are_dropped_and_counted(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    good = '{"step": 2, "text": "a\u2028b"}'.encode()
+    path.write_bytes(b'[1]\n7\n{"loss": 1}\n\xff\n' + good + b'\n{"step": 3}')
+    rows = JsonLines(path, last_step=3)
+    rows.write({"step": 4})
+    rows.close()
+    assert path.read_bytes() == good + b'\n{"step": 3}\n{"step": 4}\n'
+    assert "4 line(s) are no JSON rows" in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_text_is_no_json(tmp_path):
+    directory = RunDirectory(str(tmp_path / "run"))
+    (directory.path / "config.json").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(UserError, match="config.json is not JSON"):
+        directory.check_free(CONFIG, may_change=())
+    directory.close()
+
+
 def test_rows_are_json_whatever_the_numbers(tmp_path):
     rows = JsonLines(tmp_path / "metrics.jsonl", last_step=0)
     rows.write({"step": 1, "loss": float("nan"), "by_layer": {"a": [float("inf"), 2.0]}})

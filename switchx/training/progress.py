@@ -1,6 +1,7 @@
 """What a person watching a run sees: one screen at the start, one live line, the rows written."""
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -75,12 +76,15 @@ class Progress:
         self._seconds = 0.0
         self._clock = time.monotonic()
         self._last: dict[str, Any] = {}
+        terminal = shutil.get_terminal_size((110, 24))
         self._bar = tqdm(
             total=last_step,
             initial=first_step,
             unit="step",
             disable=None,  # quiet where stderr is not a terminal
-            dynamic_ncols=True,
+            # Not dynamic: tqdm draws nothing on a terminal that reports no size.
+            ncols=terminal.columns,
+            nrows=terminal.lines,
             file=sys.stderr,
         )
 
