@@ -55,14 +55,11 @@ def load(path: str | pathlib.Path, *, scan_layers: bool = False, dtype: str = "f
     """
     folder = pathlib.Path(path)
     found = _read_json(folder / "config.json")
-    untied = "lm_head.weight"
     arrays = _read_arrays(folder)
-    config = model_config(found, tied=untied not in arrays, source=str(folder))
+    config = model_config(found, tied="lm_head.weight" not in arrays, source=str(folder))
     embedding, copies = _embedding(arrays, str(folder))
-    if config.tie_embeddings:
-        copies |= {untied} & set(arrays)
     params = rules.read(
-        list(_rules(config, found["model_type"], embedding)),
+        _rules(config, found["model_type"], embedding),
         arrays,
         _shapes(config),
         source=str(folder),
@@ -98,8 +95,14 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
             "num_heads": found["num_heads"],
             "head_dim": found["d_kv"],
         }
+        sparse: dict[str, tuple[int, ...]] = {}
         moe: dict[str, Any] = {}
         if kind == "switch_transformers":
+            sparse = {
+                "encoder_sparse_layers": _sparse_layers(found, "encoder", depth),
+                "decoder_sparse_layers": _sparse_layers(found, "decoder", decoder_depth),
+            }
+        if any(sparse.values()):
             moe = {
                 "moe": MoeConfig(
                     num_experts=found["num_experts"],
@@ -111,8 +114,7 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
                     router_bias=found.get("router_bias", False),
                     route_padding=True,
                 ),
-                "encoder_sparse_layers": _sparse_layers(found, "encoder", depth),
-                "decoder_sparse_layers": _sparse_layers(found, "decoder", decoder_depth),
+                **sparse,
             }
     except KeyError as error:
         raise UserError(f"{source}/config.json lacks {error.args[0]!r}") from None

@@ -42,14 +42,14 @@ def read(
     Raises:
       UserError: an array is missing, left over or of the wrong shape, named with its shape.
     """
+    rules = list(rules)
+    missing = sorted(set(shapes) - {rule.ours for rule in rules})
+    assert not missing, f"no rule makes {missing}"
     params: dict[str, Any] = {}
-    used: set[str] = set(known_extra)
-    made = set()
     for rule in rules:
         for name in rule.theirs:
             if name not in arrays:
                 raise UserError(f"{source} has no array {name!r}{closest(name, arrays)}")
-        used |= set(rule.theirs)
         parts = [np.asarray(arrays[name], np.float32) for name in rule.theirs]
         if rule.transpose:
             parts = [part.swapaxes(-1, -2) for part in parts]
@@ -62,13 +62,11 @@ def read(
                     f"{rule.ours} {wanted}; is config.json that of another model?"
                 )
         _put(params, rule.ours, np.stack(parts) if stacked else parts[0])
-        made.add(rule.ours)
-    left = sorted(set(arrays) - used)
+    used = {name for rule in rules for name in rule.theirs}
+    left = sorted(set(arrays) - used - set(known_extra))
     if left:
         more = f" and {len(left) - 3} more" if len(left) > 3 else ""
         raise UserError(f"{source}: {', '.join(left[:3])}{more} fit nowhere in this model")
-    missing = sorted(set(shapes) - made)
-    assert not missing, f"no rule makes {missing}"
     return params
 
 

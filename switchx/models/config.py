@@ -119,13 +119,14 @@ class ModelConfig:
             if layers is not None:
                 valid = list(layers) == sorted(set(layers)) and set(layers) <= set(range(depth))
                 check_range(self, field, valid, f"increasing layer numbers below {depth}")
-        check_range(
-            self,
-            "sparse_every",
-            self.moe is None or any(self.encoder_sparse + self.decoder_sparse),
-            f"at most {max(self.num_encoder_layers, self.num_decoder_layers)}, or no layer is "
-            "sparse (for a dense model take a t5 configuration: moe = None)",
-        )
+        if self.moe is not None and not any(self.encoder_sparse + self.decoder_sparse):
+            raise UserError(
+                f"ModelConfig.moe is set, but with sparse_every = {self.sparse_every} and "
+                f"encoder_sparse_layers, decoder_sparse_layers = {self.encoder_sparse_layers}, "
+                f"{self.decoder_sparse_layers} none of the {self.num_encoder_layers}+"
+                f"{self.num_decoder_layers} layers is sparse; change those, or take a t5 "
+                "configuration (moe = None)"
+            )
 
     @property
     def encoder_sparse(self) -> tuple[bool, ...]:

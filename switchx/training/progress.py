@@ -66,7 +66,6 @@ class Progress:
         self._summarize = summarize
         self._learning_rate = learning_rate
         self._host = jax.local_devices(backend="cpu")[0]
-        self._last_step = last_step
         self._log_period = log_period
         self._flops_per_step = flops_per_step
         self._on_nonfinite = on_nonfinite
@@ -75,7 +74,6 @@ class Progress:
         self._steps = self._tokens = self._skipped = 0
         self._seconds = 0.0
         self._clock = time.monotonic()
-        self._last: dict[str, Any] = {}
         terminal = shutil.get_terminal_size((110, 24))
         self._bar = tqdm(
             total=last_step,
@@ -106,7 +104,6 @@ class Progress:
         rate = self._tokens / max(self._seconds, 1e-9)
         if step == 1 or step % self._log_period == 0:
             self._write(step, summary, metrics, rate)
-        self._last = summary
         self._bar.update(1)
         if not self._bar.disable:
             self._bar.set_postfix_str(self._line(summary, rate), refresh=False)

@@ -16,7 +16,6 @@ from switchx.models.t5 import T5
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles" / "huggingface"
 CASES = sorted(path.name for path in ORACLES.iterdir())
-SWITCH = [case for case in CASES if case.startswith("switch")]
 
 
 def oracle(case: str) -> dict[str, np.ndarray]:
@@ -169,6 +168,12 @@ def test_configuration_of_a_published_checkpoint():
     assert config.num_params == 619_339_008
     assert config.encoder_sparse == config.decoder_sparse == (False, True) * 6
     assert config.moe is not None and config.moe.expert_capacity == 64
+
+
+def test_a_switch_model_without_sparse_layers_is_dense():
+    found = json.loads((ORACLES / "switch" / "config.json").read_text())
+    found |= {"encoder_sparse_step": 0, "decoder_sparse_step": 0}
+    assert hf.model_config(found, tied=True, source="x").moe is None
 
 
 @pytest.mark.parametrize(
