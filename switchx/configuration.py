@@ -9,16 +9,14 @@ import argparse
 import ast
 import pathlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import gin
-import jax
 from gin import config as gin_config
 
+from switchx import command_line
 from switchx.errors import UserError, closest
-from switchx.training.loop import Interrupted
 
 T = TypeVar("T")
 
@@ -74,12 +72,8 @@ def operative_config() -> str:
     return gin.operative_config_str()
 
 
-def main(config_class: type[T], run: Callable[[T, str], Any], description: str) -> None:
-    """Entry point of a script: flags → configuration → `run(config, config.gin text)`.
-
-    Exits with 2 after a one-line message for anything the user can mend, and with 128 + n when
-    signal n ended the run.
-    """
+def flag_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of the flags every script on gin files has; more may be added to it."""
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -100,6 +94,15 @@ def main(config_class: type[T], run: Callable[[T, str], Any], description: str) 
         metavar="DIRS",
         help="comma-separated folders in which gin files and includes are looked for",
     )
+    return parser
+
+
+def parse(config_class: type[T], parser: argparse.ArgumentParser) -> tuple[T, argparse.Namespace]:
+    """The configuration that the command line asks for, and the values of `parser`'s flags.
+
+    Raises:
+      UserError: as `build`.
+    """
     flags, rest = parser.parse_known_args()
     bindings = []
     for flag in rest:
@@ -111,31 +114,17 @@ def main(config_class: type[T], run: Callable[[T, str], Any], description: str) 
             parser.error(f"{flag}: write {flag}=VALUE")
         bindings.append(flag.removeprefix("--gin."))
     search_paths = [path for path in flags.gin_search_paths.split(",") if path]
-    try:
-        config = build(config_class, flags.gin_file, bindings, search_paths)
+    return build(config_class, flags.gin_file, bindings, search_paths), flags
+
+
+def main(config_class: type[T], run: Callable[[T, str], Any], description: str) -> None:
+    """Entry point of a script: flags → configuration → `run(config, config.gin text)`."""
+
+    def script() -> None:
+        config, _ = parse(config_class, flag_parser(description))
         run(config, operative_config())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}", file=sys.stderr)
-        sys.exit(2)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(
-            f"error: out of memory ({reason}); lower BATCH_SIZE, raise NUM_MICROBATCHES or set "
-            "ModelConfig.remat = 'full'",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except Interrupted as interrupted:
-        sys.exit(128 + interrupted.signum)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+    command_line.run(script)
 
 
 def _run_name(gin_files: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from switchx import sharding
@@ -53,6 +54,40 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
             return _Run(experiment, directory, mesh).run(config_gin)
     finally:
         directory.close()
+
+
+def compile_step(
+    experiment: Experiment,
+    model: T5,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    mesh: Mesh,
+) -> Any:
+    """The compiled training step of an experiment: (state, batch) to (state, metrics).
+
+    The state is donated. Call it under `sharding.use(mesh)`.
+    """
+    step = make_train_step(
+        model,
+        experiment.loss,
+        experiment.model.moe,
+        optimizer,
+        num_microbatches=experiment.num_microbatches,
+        log_norms=experiment.log_norms,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    encoder_length, decoder_length = experiment.lengths
+    rows, where = experiment.data.batch_size, sharding.batch_sharding(mesh)
+    fields = {
+        field.name: jax.ShapeDtypeStruct(
+            (rows, encoder_length if field.name.startswith("encoder") else decoder_length),
+            np.float32 if field.name.endswith("weights") else np.int32,
+            sharding=where,
+        )
+        for field in dataclasses.fields(Batch)
+    }
+    return jitted.lower(abstract, Batch(**fields)).compile()
 
 
 class _Run:
@@ -105,7 +140,7 @@ class _Run:
                 )
             batches, self.eval_batches, self.sample_batch = building.result()
             self._write_descriptions(config_gin)
-            compiled = self._compile(optimizer, abstract)
+            compiled = compile_step(experiment, self.model, optimizer, abstract, self.mesh)
         first_step = int(state.step)
         if position:
             batches.seek(position)
@@ -196,30 +231,6 @@ class _Run:
             rng = jax.device_put(run_rng(experiment.seed), abstract.rng.sharding)
             return dataclasses.replace(loaded, rng=rng), None
         return dataclasses.replace(create(), params=loaded.params), None
-
-    def _compile(self, optimizer: Any, abstract: TrainState) -> Any:
-        experiment = self.experiment
-        step = make_train_step(
-            self.model,
-            experiment.loss,
-            experiment.model.moe,
-            optimizer,
-            num_microbatches=experiment.num_microbatches,
-            log_norms=experiment.log_norms,
-        )
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        encoder_length, decoder_length = experiment.lengths
-        rows, where = experiment.data.batch_size, sharding.batch_sharding(self.mesh)
-        fields = {
-            field.name: jax.ShapeDtypeStruct(
-                (rows, encoder_length if field.name.startswith("encoder") else decoder_length),
-                np.float32 if field.name.endswith("weights") else np.int32,
-                sharding=where,
-            )
-            for field in dataclasses.fields(Batch)
-        }
-        return jitted.lower(abstract, Batch(**fields)).compile()
 
     def _place(self, batch: Batch) -> Batch:
         where = sharding.batch_sharding(self.mesh)

@@ -1,0 +1,41 @@
+"""How a script ends: one line and an exit code instead of a traceback, for all a user can mend."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from switchx.errors import UserError
+from switchx.training.loop import Interrupted
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Call `main`, the whole of a script.
+
+    Exits with 2 after a one-line message for anything the user can mend, and with 128 + n when
+    signal n ended the work.
+    """
+    try:
+        main()
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _fail(
+            f"out of memory ({str(error).splitlines()[0]}); lower BATCH_SIZE, raise "
+            "NUM_MICROBATCHES or set ModelConfig.remat = 'full'"
+        )
+    except Interrupted as interrupted:
+        sys.exit(128 + interrupted.signum)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,172 @@
+"""Benchmarks: what a training step and the data cost on this machine, one JSON object a case.
+
+CPU-seconds are those of all threads of this process. On a shared machine they move less than
+wall-clock seconds, so they are what runs are compared by.
+"""
+
+import pathlib
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from switchx import sharding
+from switchx.batch import Batch
+from switchx.data import pipeline
+from switchx.errors import UserError, closest
+from switchx.experiment import Experiment, check_fits
+from switchx.models.t5 import T5
+from switchx.run import compile_step
+from switchx.training.optimizer import make_optimizer
+from switchx.training.state import create_state
+
+CASES = pathlib.Path("gin_configs/bench")
+
+
+def case_file(name: str) -> str:
+    """Gin file of a named case.
+
+    Raises:
+      UserError: there is no such case.
+    """
+    folder = pathlib.Path(__file__).parents[2] / CASES
+    known = sorted(path.stem for path in folder.glob("*.gin"))
+    if name not in known:
+        raise UserError(f"there is no case {name!r}{closest(name, known)}")
+    return str(CASES / f"{name}.gin")
+
+
+def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, Any]:
+    """Compile the training step of an experiment and time it on one batch of random tokens.
+
+    Args:
+      experiment: as `train.py` would run it; its data is only asked for shapes.
+      steps: timed steps.
+      warmup: steps before those.
+
+    Returns:
+      cpu_seconds_per_step and step_seconds, medians; compile_seconds, tracing included;
+      peak_rss_mb of the process in MiB; xla_flops of a step as XLA counts them (None where it
+      does not; a scan's body counts once); model_flops, three times the analytic forward pass;
+      tokens_per_second of encoder and decoder together; temp_mb, what the compiled step needs
+      beside its arguments, MiB; loss after the last step; num_params.
+    """
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_fits(experiment, mesh)
+    with sharding.use(mesh):
+        model = T5(experiment.model)
+        create, abstract, optimizer = create_state(
+            model,
+            lambda axes: make_optimizer(experiment.optimizer, axes),
+            seed=experiment.seed,
+            mesh=mesh,
+        )
+        start = time.perf_counter()
+        step = compile_step(experiment, model, optimizer, abstract, mesh)
+        compile_seconds = time.perf_counter() - start
+        state = create()
+        batch = jax.device_put(_random_batch(experiment), sharding.batch_sharding(mesh))
+        seconds, cpu_seconds, loss = [], [], float("nan")
+        for _ in range(warmup + steps):
+            start, cpu_start = time.perf_counter(), time.process_time()
+            state, metrics = step(state, batch)
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - start)
+            cpu_seconds.append(time.process_time() - cpu_start)
+            tokens = metrics.sums.tokens
+            loss = float(tokens.cross_entropy / tokens.weight)
+    step_seconds = statistics.median(seconds[warmup:])
+    analysis, memory = step.cost_analysis() or {}, step.memory_analysis()
+    return {
+        "cpu_seconds_per_step": round(statistics.median(cpu_seconds[warmup:]), 4),
+        "step_seconds": round(step_seconds, 4),
+        "compile_seconds": round(compile_seconds, 2),
+        "peak_rss_mb": peak_rss_mb(),
+        "temp_mb": round(memory.temp_size_in_bytes / 2**20) if memory else None,
+        "xla_flops": analysis.get("flops"),
+        "model_flops": experiment.train_flops,
+        "tokens_per_second": round(
+            experiment.data.batch_size * sum(experiment.lengths) / step_seconds, 1
+        ),
+        "loss": round(loss, 4),
+        "num_params": experiment.model.num_params,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "steps": steps,
+    }
+
+
+def data(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, Any]:
+    """Draw training batches and time it.
+
+    Args:
+      experiment: whose `data` to draw.
+      steps: timed batches.
+      warmup: batches before those.
+
+    Returns:
+      tokens_per_second, tokens_per_cpu_second: real tokens, inputs and targets, over all
+      batches; fill: share of the positions that hold real tokens; build_seconds to the first
+      batch; peak_rss_mb of the process in MiB.
+    """
+    start = time.perf_counter()
+    batches = pipeline.build_train(experiment.data)
+    for _ in range(warmup):
+        next(batches)
+    build_seconds = time.perf_counter() - start
+    start, cpu_start = time.perf_counter(), time.process_time()
+    tokens = positions = 0
+    for _ in range(steps):
+        batch = next(batches)
+        for segment_ids in (batch.encoder_segment_ids, batch.decoder_segment_ids):
+            tokens += int(np.count_nonzero(segment_ids))
+            positions += segment_ids.size
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    return {
+        "tokens_per_second": round(tokens / seconds),
+        "tokens_per_cpu_second": round(tokens / cpu_seconds),
+        "fill": round(tokens / positions, 4),
+        "build_seconds": round(build_seconds, 2),
+        "peak_rss_mb": peak_rss_mb(),
+        "steps": steps,
+    }
+
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": data}
+
+
+def peak_rss_mb() -> int:
+    """Largest resident memory of this process so far, MiB."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(size / 2**20) if sys.platform == "darwin" else round(size / 2**10)
+
+
+def _random_batch(experiment: Experiment) -> Batch:
+    """A batch without padding, one example a row, of tokens drawn evenly."""
+    generator = np.random.default_rng(experiment.seed)
+    rows = experiment.data.batch_size
+    sides = {}
+    for side, length in zip(("encoder", "decoder"), experiment.lengths, strict=True):
+        sides[f"{side}_segment_ids"] = np.ones((rows, length), np.int32)
+        positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+        sides[f"{side}_positions"] = positions
+
+    def tokens(length: int) -> np.ndarray:
+        shape = (rows, length)
+        return generator.integers(2, experiment.model.vocab_size, shape, dtype=np.int32)
+
+    encoder_length, decoder_length = experiment.lengths
+    targets = tokens(decoder_length)
+    inputs = np.roll(targets, 1, axis=1)
+    inputs[:, 0] = 0
+    return Batch(
+        encoder_tokens=tokens(encoder_length),
+        decoder_input_tokens=inputs,
+        decoder_target_tokens=targets,
+        decoder_loss_weights=np.ones((rows, decoder_length), np.float32),
+        **sides,
+    )
