@@ -66,6 +66,22 @@ def test_sizes_of_the_models(name):
     assert f"{MODELS[name]:,} parameters" in " ".join(text.replace("#", "").split())
 
 
+def test_the_table_of_models():
+    lines = (ROOT / "docs/models.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+    found = {row[1].strip("`"): row[2:5] + row[6:7] for row in rows if row[1].startswith("`")}
+    expected = {
+        name: [
+            f"{config.num_params:,}",
+            f"{config.num_active_params:,}",
+            f"{config.flops_per_sequence(512, 114) / 1e9:,.2f}",
+            f"`{TWINS[name]}`" if name in TWINS else "",
+        ]
+        for name, config in {name: model(name) for name in MODELS}.items()
+    }
+    assert found == expected
+
+
 def test_published_sizes_of_switch_base():
     for num_experts, expected in {
         16: 1_072_397_568,
