@@ -3,13 +3,17 @@ PYTHON ?= python3
 GIN_FILE ?= gin_configs/switch_tiny.gin
 ARGS ?=
 
-.PHONY: train test lint clean
+.PHONY: train test golden lint clean
 
 train: .venv/installed
 	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+# Writes tests/golden again, after a change that is meant to change it; read the diff.
+golden: .venv/installed
+	.venv/bin/python -m pytest tests/test_golden.py --update_golden
 
 lint: .venv/installed
 	.venv/bin/pre-commit run --all-files

@@ -1,8 +1,10 @@
 """`ModelConfig`: sizes to the digit, costs to the multiply-add, layouts, JSON, bad values."""
 
 import dataclasses
+import functools
 import json
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -44,6 +46,11 @@ def switch(depth, d_model, d_ff, num_heads, num_experts, **fields):
     return t5(depth, d_model, d_ff, num_heads, moe=MoeConfig(num_experts=num_experts), **fields)
 
 
+def st_moe(d_model, d_ff, num_heads, num_experts, **fields):
+    """ST-MoE as its paper has it: 27 layers, every fourth sparse."""
+    return switch(27, d_model, d_ff, num_heads, num_experts, sparse_every=4, **GEGLU, **fields)
+
+
 GEGLU = {"activations": ("gelu", "linear"), "tie_embeddings": False}
 SWITCH_C = {"sparse_every": 1, "tie_embeddings": False}  # every layer sparse
 # Published sizes; the embedding has 32,128 rows.
@@ -61,13 +68,23 @@ ZOO = {
     "Switch-Base-64": (switch(12, 768, 3072, 12, 64), 3_790_748_928),
     "Switch-Base-128": (switch(12, 768, 3072, 12, 128), 7_415_217_408),
     "Switch-Base-256": (switch(12, 768, 3072, 12, 256), 14_664_154_368),
+    "Switch-Base-128, table 9": (switch(12, 768, 2048, 12, 128, **GEGLU), 7_439_891_712),
     "Switch-Large-128": (switch(24, 1024, 4096, 16, 128), 26_309_291_008),
     "Switch-XXL": (switch(24, 4096, 10240, 64, 128, **GEGLU), 394_675_073_024),
     "Switch-C": (switch(15, 2080, 6144, 32, 2048, **SWITCH_C), 1_571_375_798_688),
     "Switch-C, 30 heads": (switch(15, 2080, 6144, 30, 2048, **SWITCH_C), 1_571_327_875_360),
+    "Dense-L": (t5(27, 1024, 2816, 16, **GEGLU), 872_818_688),
+    "ST-MoE-L": (st_moe(1024, 2816, 16, 32), 4_091_291_648),
+    "ST-MoE-32B": (st_moe(5120, 20480, 64, 64, head_dim=128), 268_727_141_376),
+    "tokens_choose_base of Flaxformer": (
+        switch(12, 768, 2048, 12, 64, sparse_every=4, **GEGLU),
+        2_031_500_544,
+    ),
+    "tokens_choose_tiny of Flaxformer": (switch(2, 32, 64, 6, 8, **GEGLU), 2_462_976),
 }
 
 
+@functools.cache
 def parameter_shapes(config):
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = jax.eval_shape(lambda: T5(config).init(jax.random.key(0), tokens, tokens))
@@ -152,7 +169,77 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
     return total
 
 
+# Giga-FLOPs of a sequence that the papers print: Switch, table 9, and ST-MoE.
+PUBLISHED_FLOPS = {
+    "T5-Base 1.0": 124,
+    "Switch-Base-128": 124,
+    "Switch-Base-128, table 9": 124,
+    "T5-Large 1.0": 425,
+    "Switch-Large-128": 425,
+    "T5-XXL 1.1": 6300,
+    "Switch-XXL": 6300,
+    "Switch-C": 890,
+    "ST-MoE-32B": 20200,
+}
+ROW = (512, 114)
+
+
+def kernel_flops(config: ModelConfig) -> dict[str, int]:
+    """FLOPs of a row in every kernel of the real module, by what the kernel belongs to."""
+    source, target = ROW
+    flops = {"projections": 0, "routers": 0, "head": 0}
+    shapes = parameter_shapes(dataclasses.replace(config, scan_layers=True))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+        path, size = jax.tree_util.keystr(path, simple=True, separator="/"), leaf.size
+        is_cross = re.search("encoder_decoder_attention/(key|value)", path) is not None
+        is_decoder = path.startswith(("decoder", "logits_dense")) and not is_cross
+        tokens = target if is_decoder else source
+        kind = "projections"
+        if path == "token_embedder/embedding":
+            kind, tokens = "head", target if config.tie_embeddings else 0
+        elif path == "logits_dense/kernel":
+            kind = "head"
+        elif "/router/" in path:
+            kind = "routers"
+        elif "/expert/" in path:
+            size //= config.moe.num_experts
+        elif not path.endswith("kernel"):
+            continue
+        flops[kind] += 2 * tokens * size
+    return flops
+
+
+def attention_flops(config: ModelConfig) -> int:
+    """Scores and weighted sums: 2 · 2 · queries · keys · heads · head_dim for each attention."""
+    source, target = ROW
+    pairs = config.num_encoder_layers * source * source
+    pairs += config.num_decoder_layers * (target * target + target * source)
+    return 4 * config.num_heads * config.head_dim * pairs
+
+
 class TestFlops:
+    @pytest.mark.parametrize("name", ZOO)
+    def test_equals_the_kernels_of_the_real_modules(self, name):
+        config = ZOO[name][0]
+        expected = sum(kernel_flops(config).values()) + attention_flops(config)
+        assert config.flops_per_sequence(*ROW) == expected
+        assert config.flops_per_token(*ROW) == expected / 626
+
+    @pytest.mark.parametrize("name", PUBLISHED_FLOPS)
+    def test_published_models(self, name):
+        # The papers count neither attention scores nor the output head nor routers.
+        config = dataclasses.replace(ZOO[name][0], moe=None)
+        head = 2 * 114 * config.d_model * config.vocab_size
+        ours = (config.flops_per_sequence(*ROW) - attention_flops(config) - head) / 1e9
+        assert ours == pytest.approx(PUBLISHED_FLOPS[name], rel=0.1)
+
+    def test_t5_base_as_the_papers_count_by_hand(self):
+        # 12 layers of 768² = 589,824: 4 of them in an attention, 8 in a feed-forward layer.
+        encoder = 512 * 12 * (4 + 8) * 589_824
+        decoder = 114 * 12 * (4 + 2 + 8) * 589_824 + 512 * 12 * 2 * 589_824  # k, v of the source
+        assert 2 * (encoder + decoder) == 124_061_220_864
+        assert kernel_flops(ZOO["T5-Base 1.0"][0])["projections"] == 124_061_220_864
+
     def test_the_counter_counts(self):
         # 3 scanned steps of [2, 4] × [4, 4] in a nested function: 3 · 2 · 2 · 4 · 4.
         def step(x, _):
@@ -194,6 +281,49 @@ class TestFlops:
         )(parameter_shapes(config), encoder_tokens, decoder_tokens)
         expected = rows * config.flops_per_sequence(encoder_length, decoder_length)
         assert matmul_flops(jaxpr.jaxpr) == expected
+
+    @pytest.mark.parametrize("factor", [1.25, 2.0, None], ids=str)
+    def test_capacity_padding_is_what_the_module_computes_beyond(self, factor):
+        moe = MoeConfig(
+            num_experts=5, eval_capacity_factor=factor, min_capacity=0, group_size="row"
+        )
+        config = ModelConfig(
+            vocab_size=37,
+            d_model=6,
+            d_ff=10,
+            num_heads=3,
+            head_dim=5,
+            num_encoder_layers=4,
+            num_decoder_layers=2,
+            activations=("gelu", "linear"),
+            moe=moe,
+        )
+        rows, lengths = 3, (8, 12)
+        tokens = [jax.ShapeDtypeStruct((rows, length), jnp.int32) for length in lengths]
+        jaxpr = jax.make_jaxpr(
+            lambda params, *tokens: T5(config).apply({"params": params}, *tokens)
+        )(parameter_shapes(config), *tokens)
+        # Slots of an expert: ceil(factor · 8 / 5) and ceil(factor · 12 / 5); dropless: 8 and 12.
+        slots = {1.25: (2, 3), 2.0: (4, 5), None: lengths}[factor]
+        empty = 2 * rows * (5 * slots[0] - 8) + 1 * rows * (5 * slots[1] - 12)
+        expected = rows * config.flops_per_sequence(*lengths) + empty * 2 * 3 * 6 * 10
+        assert matmul_flops(jaxpr.jaxpr) == expected
+
+    def test_xla_counts_the_same_and_the_elementwise_rest(self):
+        config = ModelConfig(
+            vocab_size=1024,
+            d_model=256,
+            d_ff=768,
+            num_heads=3,
+            num_encoder_layers=2,
+            num_decoder_layers=1,
+        )
+        rows, lengths = 2, (64, 48)
+        tokens = [jax.ShapeDtypeStruct((rows, length), jnp.int32) for length in lengths]
+        forward = jax.jit(lambda params, *tokens: T5(config).apply({"params": params}, *tokens))
+        lowered = forward.lower(parameter_shapes(config), *tokens)
+        ours = rows * config.flops_per_sequence(*lengths)
+        assert 1 <= lowered.cost_analysis()["flops"] / ours < 1.03
 
     def test_by_hand(self):
         # One layer each, widths 2, inner 3 · 5 = 15, d_ff 7, V 11; 4 source and 1 target token.
