@@ -1,7 +1,6 @@
 """Measure on this machine what a training step, or the data, costs: one JSON line.
 
 python scripts/bench.py train --case=A
-python scripts/bench.py train --gin_file=gin_configs/switch_tiny.gin --gin.NUM_EXPERTS=64
 python scripts/bench.py data --gin_file=gin_configs/switch_base.gin --steps=200
 """
 
@@ -19,8 +18,7 @@ def main() -> None:
     parser.add_argument("--case", dest="gin_file", action="append", type=benchmark.case_file)
     parser.add_argument("--steps", type=int, default=5, help="timed steps or batches")
     experiment, flags = configuration.parse(Experiment, parser)
-    figures = benchmark.BENCHMARKS[flags.what](experiment, steps=flags.steps)
-    print(json.dumps({"case": flags.gin_file, **figures}))
+    print(json.dumps(benchmark.BENCHMARKS[flags.what](experiment, steps=flags.steps)))
 
 
 if __name__ == "__main__":

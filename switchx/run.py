@@ -24,7 +24,7 @@ from switchx.run_directory import JsonLines, RunDirectory, versions
 from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
 from switchx.training.loop import Hook, Interrupted, StopSignals
 from switchx.training.loop import train as train_loop
-from switchx.training.metrics import MetricsWriter, summarize
+from switchx.training.metrics import MetricsWriter, summarizer
 from switchx.training.optimizer import learning_rate_schedule, make_optimizer
 from switchx.training.progress import Progress
 from switchx.training.state import TrainState, create_state, run_rng
@@ -98,6 +98,7 @@ class _Run:
         self.directory = directory
         self.mesh = mesh
         self.model = T5(experiment.model)
+        self.summarize = summarizer(experiment.model)
         self.task = experiment.data.mixture_or_task_name
         self.evaluated: dict[str, Any] = {}
         self.evaluated_step = -1
@@ -149,7 +150,7 @@ class _Run:
         self.writer = MetricsWriter(directory.path, last_step=first_step)
         self.progress = Progress(
             self.writer,
-            self._summarize,
+            self.summarize,
             learning_rate_schedule(experiment.optimizer),
             first_step=first_step,
             last_step=experiment.train_steps,
@@ -257,28 +258,12 @@ class _Run:
 
     # Hooks ----------------------------------------------------------------------------------
 
-    def _summarize(self, sums: Any) -> dict[str, Any]:
-        model = self.experiment.model
-        names = {
-            stack: tuple(f"{stack}/{layer}" for layer, sparse in enumerate(pattern) if sparse)
-            for stack, pattern in (
-                ("encoder", model.encoder_sparse),
-                ("decoder", model.decoder_sparse),
-            )
-        }
-        return summarize(
-            sums,
-            load_balance_weight=model.moe.load_balance_weight if model.moe else 0.0,
-            router_z_weight=model.moe.router_z_weight if model.moe else 0.0,
-            layer_names=names,
-        )
-
     def _evaluate(self, step: int, state: TrainState) -> None:
         if not hasattr(self, "eval_step"):
             eval_step = make_eval_step(self.model, self.experiment.loss, self.experiment.model.moe)
             self.eval_step = jax.jit(eval_step)
         placed = map(self._place, self.eval_batches)
-        summary = self._summarize(evaluate(self.eval_step, state.params, placed))
+        summary = self.summarize(evaluate(self.eval_step, state.params, placed))
         self.writer.write(step, f"eval/{self.task}", summary)
         self.evaluated, self.evaluated_step = summary, step
         text = (

@@ -103,7 +103,7 @@ class RunDirectory:
         elif self.checkpoints.exists() and any(self.checkpoints.iterdir()):
             raise UserError(
                 f"MODEL_DIR = {str(self.path)!r} holds checkpoints without a config.json; "
-                "choose another MODEL_DIR"
+                "choose another MODEL_DIR, and start from these by INITIAL_CHECKPOINT_PATH"
             )
 
     def read_json(self, name: str) -> Any:

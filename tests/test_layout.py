@@ -23,7 +23,8 @@ ORDER = (
     ("interop",),
     ("experiment",),
     ("overview",),
-    ("run", "configuration"),
+    ("run", "trained", "command_line", "configuration"),
+    ("research",),
 )
 
 

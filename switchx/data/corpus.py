@@ -195,6 +195,15 @@ def hold_out(
     return train, validation
 
 
+def read_lines(path: pathlib.Path) -> list[str]:
+    """Lines of a text file, plain or compressed (.gz, .xz), without their ends.
+
+    Raises:
+      UserError: it cannot be read or is not UTF-8.
+    """
+    return _read(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
+
+
 def _hash(text: str) -> float:
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

@@ -117,6 +117,20 @@ def decode_tokens(config: DataConfig, ids: Sequence[int] | np.ndarray) -> str:
     return vocabularies.decode(config.vocabulary, ids)
 
 
+def encode_text(config: DataConfig, text: str) -> list[int]:
+    """Ids of a text, EOS included; sentinels may be written as `decode_tokens` does."""
+    return vocabularies.encode(config.vocabulary, text)
+
+
+def task_names(config: DataConfig) -> tuple[str, ...]:
+    """The task of a configuration, or the tasks of its mixture, in order.
+
+    Raises:
+      UserError: unknown name, or anything wrong with the data behind it.
+    """
+    return tuple(member.name for member in _members(_provider(config, "train")))
+
+
 class Batches(Iterator[Batch]):
     """An endless iterator of this host's rows of the training batches.
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,19 @@ def sentinel_id(vocabulary: "seqio.Vocabulary", index: int) -> int:
     if not 0 <= index < NUM_SENTINELS:
         raise ValueError(f"sentinel {index} is not in 0..{NUM_SENTINELS - 1}")
     return vocabulary.vocab_size - 1 - index
+
+
+def encode(name: str, text: str) -> list[int]:
+    """Ids of a text, EOS included; sentinels may be written <extra_id_i>, as `decode` does."""
+    ids: list[int] = []
+    for part in re.split(r" ?(<extra_id_\d{1,2}>) ?", text):
+        if match := re.fullmatch(r"<extra_id_(\d{1,2})>", part):
+            ids.append(size(name) - 1 - int(match[1]))
+        elif name == "bytes":
+            ids += [byte + 3 for byte in part.encode("utf-8")]
+        else:
+            ids += _pieces(name).encode(part)
+    return [*ids, EOS]
 
 
 def decode(name: str, ids: Sequence[int] | np.ndarray) -> str:

@@ -21,8 +21,20 @@ from switchx.moe.layer import MoeConfig
 
 SUPPORTED = ("t5", "mt5", "switch_transformers")
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
-_INDEX = "model.safetensors.index.json"
+_SAFETENSORS = "model.safetensors"
 _PICKLE = "pytorch_model.bin"
+
+# What a folder without a config.json of a model is, by a file in it.
+_FOREIGN = {
+    "model.json": "a switchx run directory, which needs no conversion",
+    "checkpoints": "a switchx run directory, which needs no conversion",
+    "checkpoint": "a T5X checkpoint",
+    "adapter_config.json": "a PEFT adapter without its model; merge it into its model first",
+    "model_index.json": "a diffusers pipeline",
+    "_METADATA": "an orbax checkpoint",
+    "params.json": "a checkpoint in Meta's format",
+    "saved_model.pb": "a TensorFlow SavedModel",
+}
 
 
 class Loaded(NamedTuple):
@@ -39,7 +51,13 @@ class Loaded(NamedTuple):
     params: dict[str, Any]
 
 
-def load(path: str | pathlib.Path, *, scan_layers: bool = False, dtype: str = "float32") -> Loaded:
+def load(
+    path: str | pathlib.Path,
+    *,
+    scan_layers: bool = False,
+    dtype: str = "float32",
+    allow_pickle: bool = False,
+) -> Loaded:
     """Read a folder that `save_pretrained` wrote: config.json and safetensors, sharded or not.
 
     Routing is that of Hugging Face 5.18: groups of a row, absolute `expert_capacity`, padding
@@ -48,14 +66,17 @@ def load(path: str | pathlib.Path, *, scan_layers: bool = False, dtype: str = "f
     Args:
       path: the folder.
       scan_layers, dtype: of the result's config; neither is stored in the folder.
+      allow_pickle: read pytorch_model.bin where there are no safetensors, with torch's restricted
+        unpickler. Only for folders whose origin is trusted.
 
     Raises:
-      UserError: no such folder, another kind of model, pickled weights only, or arrays that do
-        not fit the configuration.
+      UserError: no such folder, another kind of folder or model, pickled weights only, or arrays
+        that do not fit the configuration.
     """
     folder = pathlib.Path(path)
-    found = _read_json(folder / "config.json")
-    arrays = _read_arrays(folder)
+    found = _read_config(folder)
+    _check_kind(found, str(folder))
+    arrays = _read_arrays(folder, allow_pickle=allow_pickle)
     config = model_config(found, tied="lm_head.weight" not in arrays, source=str(folder))
     embedding, copies = _embedding(arrays, str(folder))
     params = rules.read(
@@ -82,9 +103,7 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
     Raises:
       UserError: not a T5 or Switch model, or a value without counterpart.
     """
-    kind = found.get("model_type")
-    if kind not in SUPPORTED:
-        raise UserError(f"{source} holds a {kind!r} model; supported are {', '.join(SUPPORTED)}")
+    kind = _check_kind(found, source)
     try:
         depth = found["num_layers"]
         decoder_depth = found.get("num_decoder_layers") or depth
@@ -132,6 +151,14 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
         dropout_rate=found.get("dropout_rate", 0.1),
         **moe,
     )
+
+
+def _check_kind(found: Mapping[str, Any], source: str) -> str:
+    kind = found.get("model_type")
+    if kind not in SUPPORTED:
+        what = f"a {kind!r} model" if kind else "no model_type in its config.json"
+        raise UserError(f"{source} holds {what}; supported are {', '.join(SUPPORTED)}")
+    return kind
 
 
 def _activations(found: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -239,13 +266,23 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    if not folder.exists():
+        raise UserError(f"{str(folder)!r}: no such folder")
+    if not folder.is_dir():
+        raise UserError(f"{str(folder)!r} is a file; give the folder that save_pretrained wrote")
+    if not (folder / "config.json").exists():
+        supported = f"supported are save_pretrained folders of {', '.join(SUPPORTED)}"
+        for name, what in _FOREIGN.items():
+            if (folder / name).exists():
+                raise UserError(f"{folder} is {what}; {supported}")
+        raise UserError(f"{folder} has no config.json; {supported}")
+    return _read_json(folder / "config.json")
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{str(path)!r}: no such file; give a folder that save_pretrained wrote"
-        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not isinstance(found, dict):
@@ -253,27 +290,39 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    if (folder / "model.safetensors").exists():
-        names = ["model.safetensors"]
-    elif (folder / _INDEX).exists():
-        index = _read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise UserError(f"{folder / _INDEX} has no weight_map")
-        names = sorted(set(index.values()))
-    elif list(folder.glob(f"{_PICKLE}*")):
-        raise UserError(
-            f"{folder} holds pickled weights only, and unpickling runs code; write it again as "
-            "safetensors with save_pretrained of a current transformers"
-        )
+def _read_arrays(folder: pathlib.Path, *, allow_pickle: bool) -> dict[str, np.ndarray]:
+    if names := _weight_files(folder, _SAFETENSORS):
+        read = _read_safetensors
+    elif names := _weight_files(folder, _PICKLE):
+        read = _read_pickle
+        if not allow_pickle:
+            raise UserError(
+                f"{folder} holds pickled weights only, and unpickling can run code; write it again "
+                "as safetensors with save_pretrained of a current transformers, or allow it with "
+                "--allow_pickle (allow_pickle=True)"
+            )
     else:
-        raise UserError(f"{folder} holds no model.safetensors and no {_INDEX}")
+        raise UserError(f"{folder} holds no weights: no {_SAFETENSORS}[.index.json]")
     arrays: dict[str, np.ndarray] = {}
     for name in names:
-        if not isinstance(name, str) or pathlib.Path(name).name != name:
-            raise UserError(f"{folder / _INDEX}: {name!r} is not a file of this folder")
-        arrays |= _read_safetensors(folder / name)
+        arrays |= read(folder / name)
     return arrays
+
+
+def _weight_files(folder: pathlib.Path, single: str) -> list[str]:
+    """Names of the files that hold the weights: one, or those of an index; none if neither is."""
+    if (folder / single).exists():
+        return [single]
+    path = folder / f"{single}.index.json"
+    if not path.exists():
+        return []
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{path} has no weight_map")
+    for name in weight_map.values():
+        if not isinstance(name, str) or pathlib.Path(name).name != name:
+            raise UserError(f"{path}: {name!r} is not a file of this folder")
+    return sorted(set(weight_map.values()))
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -289,3 +338,17 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
             return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"file {str(path)!r} cannot be read: {error}") from None
+
+
+def _read_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"reading {path} needs PyTorch: pip install torch") from None
+    try:
+        # weights_only: an unpickler that makes tensors and containers, and refuses the rest.
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float().numpy() for name, tensor in tensors.items()}
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"file {str(path)!r} cannot be read: {reason}") from None

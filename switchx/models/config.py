@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 from switchx.errors import UserError, check_choice, check_range, check_types, closest
@@ -240,6 +241,43 @@ class ModelConfig:
         return _from_dict(
             cls, {**values, "moe": None if moe is None else _from_dict(MoeConfig, moe)}
         )
+
+
+def read_config(
+    path: str | None,
+    *,
+    dropout_rate: float | None = None,
+    expert_dropout_rate: float | None = None,
+    dtype: str | None = None,
+    remat: str | None = None,
+) -> ModelConfig:
+    """The configuration that model.json of a run directory holds.
+
+    Args:
+      path: a run directory, its checkpoints folder, or a checkpoint in it.
+      dropout_rate, expert_dropout_rate, dtype, remat: instead of what is there; None leaves it.
+        A dense model has no expert dropout to change.
+
+    Raises:
+      UserError: there is no model.json, or it holds something else.
+    """
+    if path is None:
+        raise UserError("INITIAL_CHECKPOINT_PATH is not set, and the model is read from there")
+    folder = pathlib.Path(path).absolute()
+    found = [each for each in (folder, *folder.parents[:2]) if (each / "model.json").is_file()]
+    if not found:
+        raise UserError(
+            f"INITIAL_CHECKPOINT_PATH = {path!r} has no model.json; give a run directory, or a "
+            "checkpoint in it"
+        )
+    config = ModelConfig.from_json((found[0] / "model.json").read_text(encoding="utf-8"))
+    if config.moe is not None and expert_dropout_rate is not None:
+        moe = dataclasses.replace(config.moe, expert_dropout_rate=expert_dropout_rate)
+        config = dataclasses.replace(config, moe=moe)
+    changes = {"dropout_rate": dropout_rate, "dtype": dtype, "remat": remat}
+    return dataclasses.replace(
+        config, **{field: value for field, value in changes.items() if value is not None}
+    )
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -51,9 +51,9 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
 
     Returns:
       cpu_seconds_per_step and step_seconds, medians; compile_seconds, tracing included;
-      peak_rss_mb of the process in MiB; xla_flops of a step as XLA counts them (None where it
-      does not; a scan's body counts once); model_flops, three times the analytic forward pass;
-      tokens_per_second of encoder and decoder together; temp_mb, what the compiled step needs
+      peak_rss_mb of the process in MiB; xla_flops of a step on all devices as XLA counts them
+      (None where it does not; a scan's body counts once); model_flops, three times the analytic
+      forward pass; tokens_per_second of encoder and decoder together; temp_mb, what the compiled step needs
       beside its arguments, MiB; loss after the last step; num_params.
     """
     mesh = sharding.make_mesh(experiment.mesh)
@@ -81,14 +81,15 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
             tokens = metrics.sums.tokens
             loss = float(tokens.cross_entropy / tokens.weight)
     step_seconds = statistics.median(seconds[warmup:])
-    analysis, memory = step.cost_analysis() or {}, step.memory_analysis()
+    flops = (step.cost_analysis() or {}).get("flops")
+    memory = step.memory_analysis()
     return {
         "cpu_seconds_per_step": round(statistics.median(cpu_seconds[warmup:]), 4),
         "step_seconds": round(step_seconds, 4),
         "compile_seconds": round(compile_seconds, 2),
         "peak_rss_mb": peak_rss_mb(),
         "temp_mb": round(memory.temp_size_in_bytes / 2**20) if memory else None,
-        "xla_flops": analysis.get("flops"),
+        "xla_flops": flops and flops * jax.device_count(),
         "model_flops": experiment.train_flops,
         "tokens_per_second": round(
             experiment.data.batch_size * sum(experiment.lengths) / step_seconds, 1

@@ -166,7 +166,7 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
     Raises:
       UserError: no checkpoint there, or parameters of other names or shapes, naming them.
     """
-    directory = _find_checkpoint(pathlib.Path(path))
+    directory = find_checkpoint(pathlib.Path(path))
     with ocp.StandardCheckpointer() as checkpointer:
         saved = checkpointer.metadata(directory / "params").item_metadata
         _check_same(dict(saved.tree if hasattr(saved, "tree") else saved), abstract.params, path)
@@ -183,7 +183,12 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         return TrainState(params=params, **rest)
 
 
-def _find_checkpoint(path: pathlib.Path) -> pathlib.Path:
+def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
+    """The checkpoint's folder in a run directory or its checkpoints folder (the newest), or `path`.
+
+    Raises:
+      UserError: there is none.
+    """
     path = path.absolute()
     if (path / "params").is_dir():
         return path

@@ -1,8 +1,9 @@
 """Metrics as sums and counts on the device, as means on the host, and where they are written."""
 
+import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from switchx.models.config import ModelConfig
 from switchx.moe.assignment import RouterStats
 from switchx.run_directory import JsonLines
 from switchx.training.losses import CrossEntropySums
@@ -116,6 +118,23 @@ def summarize(
                 for metric in ROUTER_METRICS
             }
     return summary
+
+
+def summarizer(model: ModelConfig) -> Callable[[Any], dict[str, Any]]:
+    """`summarize` with a model's weights of the router losses and names of its sparse layers."""
+    names = {
+        stack: tuple(f"{stack}/{layer}" for layer, sparse in enumerate(pattern) if sparse)
+        for stack, pattern in (
+            ("encoder", model.encoder_sparse),
+            ("decoder", model.decoder_sparse),
+        )
+    }
+    return functools.partial(
+        summarize,
+        load_balance_weight=model.moe.load_balance_weight if model.moe else 0.0,
+        router_z_weight=model.moe.router_z_weight if model.moe else 0.0,
+        layer_names=names,
+    )
 
 
 class MetricsWriter:

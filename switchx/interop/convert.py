@@ -1,0 +1,94 @@
+"""Other people's checkpoints as run directories, ready to train, evaluate and decode."""
+
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from switchx.errors import UserError
+from switchx.interop import hf
+from switchx.models.config import ModelConfig
+from switchx.run_directory import RunDirectory, versions
+
+
+class Converted(NamedTuple):
+    """What was written.
+
+    Attributes:
+      config: of the model.
+      run_directory: where.
+      vocabulary: the SentencePiece model beside it; None if the source had none.
+    """
+
+    config: ModelConfig
+    run_directory: pathlib.Path
+    vocabulary: pathlib.Path | None
+
+
+def from_hf(
+    source: str, run_directory: str, *, scan_layers: bool = False, allow_pickle: bool = False
+) -> Converted:
+    """Write a Hugging Face T5 or Switch folder as a run directory with one checkpoint, of step 0.
+
+    model.json, checkpoints/0/params, versions.json and, if the source has its spiece.model,
+    vocabulary.model. Parameters are float32. The optimizer starts afresh.
+
+    Args:
+      source: a folder that `save_pretrained` wrote.
+      run_directory: where; a directory that holds a run already is refused.
+      scan_layers, allow_pickle: as `hf.load`.
+
+    Raises:
+      UserError: as `hf.load`; or the directory is taken or cannot be written.
+    """
+    loaded = hf.load(source, scan_layers=scan_layers, allow_pickle=allow_pickle)
+    directory = RunDirectory(run_directory)
+    try:
+        taken = [directory.path / "model.json", directory.checkpoints]
+        if found := [path for path in taken if path.exists()]:
+            raise UserError(f"{found[0]} exists; choose another directory or remove that one")
+        _save_params(directory.checkpoints / "0" / "params", loaded.params)
+        vocabulary = None
+        if (pathlib.Path(source) / "spiece.model").is_file():
+            vocabulary = directory.path / "vocabulary.model"
+            shutil.copyfile(pathlib.Path(source) / "spiece.model", vocabulary)
+        directory.write_json("versions.json", versions(jax.devices(), {}))
+        # Last: a directory with a model.json is a whole one.
+        directory.write_text("model.json", loaded.config.to_json() + "\n")
+    finally:
+        directory.close()
+    return Converted(loaded.config, directory.path, vocabulary)
+
+
+def _save_params(folder: pathlib.Path, params: Any) -> None:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder.absolute(), params)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+
+
+SOURCES = {"hf": from_hf}
+
+
+def describe(converted: Converted) -> str:
+    """What was converted and how to go on, for the terminal."""
+    config = converted.config
+    kind = "T5" if config.moe is None else f"Switch Transformer, {config.moe.num_experts} experts"
+    lines = [
+        f"{kind}: {config.num_encoder_layers}+{config.num_decoder_layers} layers, d_model "
+        f"{config.d_model}, vocabulary {config.vocab_size}, {config.num_params:,} parameters",
+        f"written to {converted.run_directory}; train, evaluate and decode with",
+        "  --gin_file=gin_configs/runs/from_checkpoint.gin "
+        f"--gin.INITIAL_CHECKPOINT_PATH={converted.run_directory}",
+    ]
+    if converted.vocabulary:
+        lines.append(f"  --gin.DataConfig.vocabulary={converted.vocabulary}")
+    else:
+        lines.append(
+            "  --gin.DataConfig.vocabulary=...   (the source has no spiece.model: name the "
+            "vocabulary it was trained with)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""A trained model put to use: `evaluate` and `decode` what a run directory holds.
+
+Both take the `Experiment` a training run would, so that one gin file describes the run, its
+evaluation and its predictions. The parameters are those of `initial_checkpoint_path` if it is set,
+and else the newest in `model_dir`.
+"""
+
+import itertools
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from switchx import sharding
+from switchx.data import pipeline
+from switchx.data.corpus import read_lines
+from switchx.errors import UserError
+from switchx.experiment import Experiment, check_fits
+from switchx.inference.decoding import greedy
+from switchx.inference.evaluation import evaluate as evaluate_batches
+from switchx.inference.evaluation import make_eval_step
+from switchx.models.t5 import T5
+from switchx.training.checkpoint import find_checkpoint, restore_from
+from switchx.training.metrics import summarizer
+from switchx.training.optimizer import make_optimizer
+from switchx.training.state import create_state
+
+
+class Trained(NamedTuple):
+    """A model with its parameters on their devices.
+
+    Attributes:
+      params: parameter tree.
+      checkpoint: folder they came from, .../checkpoints/<step>.
+      mesh: devices.
+    """
+
+    params: Any
+    checkpoint: pathlib.Path
+    mesh: Mesh
+
+    @property
+    def step(self) -> int | None:
+        """Updates the parameters have seen; None if the folder's name does not tell."""
+        name = self.checkpoint.name
+        return int(name) if name.isdigit() else None
+
+
+def load(experiment: Experiment) -> Trained:
+    """Read the parameters that an experiment's paths name.
+
+    Raises:
+      UserError: no checkpoint there, a damaged one, or one of another model.
+    """
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_fits(experiment, mesh)
+    path = experiment.initial_checkpoint_path
+    checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
+    with sharding.use(mesh):
+        _, abstract, _ = create_state(
+            T5(experiment.model),
+            lambda axes: make_optimizer(experiment.optimizer, axes),
+            seed=experiment.seed,
+            mesh=mesh,
+        )
+        params = restore_from(str(checkpoint), abstract, optimizer=False).params
+    return Trained(params, checkpoint, mesh)
+
+
+def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[str, Any]]:
+    """Teacher-forced metrics on a split, of every task of a mixture on its own.
+
+    Args:
+      experiment: `eval_steps` batches of each task are taken, None for all.
+      split: 'train', 'validation' or 'test'.
+
+    Returns:
+      A row for each task, as in metrics.jsonl: "step", "checkpoint", "split"
+      ("<split>/<task>"), "loss", "cross_entropy", "perplexity", "accuracy", and for sparse models
+      the router's statistics.
+    """
+    trained = load(experiment)
+    model = experiment.model
+    tasks = pipeline.task_names(experiment.data)
+    rows = []
+    with sharding.use(trained.mesh):
+        where = sharding.batch_sharding(trained.mesh)
+        summary = summarizer(model)
+        eval_step = jax.jit(make_eval_step(T5(model), experiment.loss, model.moe))
+        for task in tasks:
+            batches = pipeline.build_eval(
+                experiment.data, split=split, num_batches=experiment.eval_steps, task=task
+            )
+            placed = (jax.device_put(batch, where) for batch in _progress(batches, task))
+            sums = evaluate_batches(eval_step, trained.params, placed)
+            rows.append(
+                {
+                    "step": trained.step,
+                    "checkpoint": str(trained.checkpoint),
+                    "split": f"{split}/{task}",
+                    **summary(sums),
+                }
+            )
+    return rows
+
+
+def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Greedy predictions for texts, in order, `batch_size` at a time.
+
+    Inputs longer than the experiment's encoder length are cut, and counted aloud. Sentinels may be
+    written as <extra_id_0>. A prediction does not depend on the texts around it.
+
+    Yields:
+      "inputs" and "prediction", and "truncated" where an input was cut.
+    """
+    trained = load(experiment)
+    length, max_length = experiment.lengths
+    rows, truncated = experiment.data.batch_size, 0
+    with sharding.use(trained.mesh):
+        where = sharding.batch_sharding(trained.mesh)
+        for batch in _batched(_progress(texts, "decode"), rows):
+            ids = [pipeline.encode_text(experiment.data, text) for text in batch]
+            tokens = np.zeros((rows, length), np.int32)
+            for index, example in enumerate(ids):
+                kept = min(len(example), length)
+                tokens[index, :kept] = example[:kept]
+                tokens[index, kept - 1] = example[-1]  # EOS, also where the text was cut
+            predictions = jax.device_get(
+                greedy(
+                    experiment.model,
+                    trained.params,
+                    jax.device_put(tokens, where),
+                    max_length=max_length,
+                )
+            )
+            for text, example, prediction in zip(batch, ids, predictions, strict=False):
+                row: dict[str, Any] = {
+                    "inputs": text,
+                    "prediction": pipeline.decode_tokens(experiment.data, prediction),
+                }
+                if len(example) > length:
+                    row["truncated"] = len(example) - length
+                    truncated += 1
+                yield row
+    if truncated:
+        print(
+            f"{truncated} input(s) were longer than TASK_FEATURE_LENGTHS['inputs'] = {length} "
+            "tokens and were cut",
+            file=sys.stderr,
+        )
+
+
+def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
+    """Write rows as JSON lines to a file, or to standard output if `output` is None.
+
+    Raises:
+      UserError: the file exists or cannot be written.
+    """
+    if output is None:
+        for row in rows:
+            print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    try:
+        with open(output, "x", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+    except FileExistsError:
+        raise UserError(f"--output={output} exists; choose another or remove it") from None
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+
+
+def read_texts(path: str) -> Iterator[str]:
+    """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input."""
+    lines = sys.stdin if path == "-" else read_lines(pathlib.Path(path))
+    return (line.rstrip("\n") for line in lines)
+
+
+def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return tqdm(items, desc=what, disable=None, leave=False, unit=" batches")
+
+
+def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    iterator = iter(texts)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch

@@ -1,0 +1,90 @@
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+from switchx import configuration
+from switchx.data.pipeline import DataConfig
+from switchx.errors import UserError
+from switchx.experiment import Experiment
+from switchx.models.config import ModelConfig
+from switchx.moe.layer import MoeConfig
+from switchx.research import benchmark
+
+ROOT = pathlib.Path(__file__).parents[2]
+EXPERIMENT = Experiment(
+    model=ModelConfig(
+        vocab_size=384,
+        d_model=16,
+        d_ff=24,
+        num_heads=2,
+        head_dim=8,
+        num_encoder_layers=2,
+        num_decoder_layers=2,
+        moe=MoeConfig(num_experts=4, group_size="row"),
+    ),
+    data=DataConfig(
+        mixture_or_task_name="wn_define",
+        task_feature_lengths={"inputs": 40, "targets": 24},
+        vocabulary="bytes",
+        batch_size=8,
+    ),
+)
+
+
+def test_a_training_step_is_measured():
+    figures = benchmark.train(EXPERIMENT, steps=2)
+    assert figures["num_params"] == EXPERIMENT.model.num_params
+    assert figures["model_flops"] == EXPERIMENT.train_flops
+    # Padding of the experts' capacity, softmax and optimizer come on top of the matmuls.
+    assert 1 < figures["xla_flops"] / figures["model_flops"] < 3
+    for name in ("cpu_seconds_per_step", "step_seconds", "compile_seconds", "peak_rss_mb"):
+        assert figures[name] > 0, name
+    rows = 8 * (40 + 24) / figures["step_seconds"]
+    assert figures["tokens_per_second"] == pytest.approx(rows, rel=0.05)
+    assert figures["steps"] == 2 and np.isfinite(figures["loss"])
+
+
+def test_drawing_batches_is_measured():
+    data = dataclasses.replace(EXPERIMENT.data, task_feature_lengths={"inputs": 80, "targets": 60})
+    figures = benchmark.data(dataclasses.replace(EXPERIMENT, data=data), steps=3)
+    assert 0.3 < figures["fill"] <= 1
+    assert figures["tokens_per_second"] > 0 and figures["tokens_per_cpu_second"] > 0
+
+
+def test_the_random_batch_is_whole_and_shifted_right():
+    batch = benchmark._random_batch(EXPERIMENT)
+    assert batch.encoder_tokens.shape == (8, 40) and batch.decoder_target_tokens.shape == (8, 24)
+    np.testing.assert_array_equal(
+        batch.decoder_input_tokens[:, 1:], batch.decoder_target_tokens[:, :-1]
+    )
+    assert not batch.decoder_input_tokens[:, 0].any()
+    assert batch.encoder_tokens.min() >= 2 and batch.encoder_tokens.max() < 384
+
+
+CASES = sorted(path.stem for path in (ROOT / "gin_configs/bench").glob("*.gin"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_case_resolves(case):
+    assert configuration.build(Experiment, [benchmark.case_file(case)]).model.num_params > 1e6
+
+
+def test_case_a_is_what_it_says():
+    experiment = configuration.build(Experiment, [benchmark.case_file("A")])
+    model = experiment.model
+    assert (model.d_model, model.d_ff, model.num_heads, model.head_dim) == (256, 1024, 4, 64)
+    assert (model.num_encoder_layers, model.num_decoder_layers) == (4, 4)
+    assert model.encoder_sparse == model.decoder_sparse == (False, True, False, True)
+    assert model.moe is not None
+    assert (model.moe.num_experts, model.moe.capacity_factor) == (8, 1.25)
+    assert (model.vocab_size, model.tie_embeddings, model.dtype) == (32128, True, "float32")
+    assert experiment.lengths == (256, 64) and experiment.data.batch_size == 8
+    assert experiment.optimizer.name == "adafactor"
+    assert model.num_params == 30_258_944
+
+
+def test_an_unknown_case_names_those_there_are():
+    with pytest.raises(UserError, match="there is no case 'Z'; valid: A"):
+        benchmark.case_file("Z")
