@@ -53,8 +53,8 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
       cpu_seconds_per_step and step_seconds, medians; compile_seconds, tracing included;
       peak_rss_mb of the process in MiB; xla_flops of a step on all devices as XLA counts them
       (None where it does not; a scan's body counts once); model_flops, three times the analytic
-      forward pass; tokens_per_second of encoder and decoder together; temp_mb, what the compiled step needs
-      beside its arguments, MiB; loss after the last step; num_params.
+      forward pass; tokens_per_second of encoder and decoder together; temp_mb, what the
+      compiled step needs beside its arguments, MiB; loss after the last step; num_params.
     """
     mesh = sharding.make_mesh(experiment.mesh)
     check_fits(experiment, mesh)

@@ -158,3 +158,9 @@ def test_missing_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             corpus.expand([pattern])
+
+
+def test_lines_of_a_text(tmp_path):
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress("one\r\n\nthree\u2028x\n".encode()))
+    assert corpus.read_lines(path) == ["one", "", "three\u2028x"]

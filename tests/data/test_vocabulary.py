@@ -78,3 +78,18 @@ def test_user_mistakes(tmp_path):
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError):
             vocabulary.load(name)
+
+
+@pytest.mark.parametrize("name", ["spm8k", "bytes"])
+def test_encode_is_the_inverse_of_decode(name):
+    size = vocabulary.size(name)
+    text = "The whale <extra_id_0> was <extra_id_12> white"
+    ids = vocabulary.encode(name, text)
+    assert ids[-1] == 1
+    assert [i for i in ids if i >= size - 100] == [size - 1, size - 13]
+    assert vocabulary.decode(name, ids) == text
+    assert vocabulary.encode(name, "") == [1]
+
+
+def test_encode_by_hand():
+    assert vocabulary.encode("bytes", "a<extra_id_1>") == [100, 357, 1]

@@ -2,6 +2,8 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -202,7 +204,7 @@ class TestBadFolders:
         path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
     def test_missing(self, tmp_path):
-        with pytest.raises(UserError, match=r"config.json'?: no such file"):
+        with pytest.raises(UserError, match="nowhere': no such folder"):
             load(tmp_path / "nowhere")
 
     def test_another_kind_of_model(self, folder):
@@ -231,13 +233,68 @@ class TestBadFolders:
         with pytest.raises(UserError, match="config.json' cannot be read"):
             load(folder)
 
-    def test_pickles_are_never_opened(self, folder):
+    def test_pickles_are_opened_on_request_only(self, folder, monkeypatch):
+        want = load(folder).params
+        arrays = load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
-        with pytest.raises(UserError, match=r"no model.safetensors and no"):
+        with pytest.raises(UserError, match="holds no weights: no model.safetensors"):
             load(folder)
         (folder / "pytorch_model.bin").write_bytes(b"")
-        with pytest.raises(UserError, match="unpickling runs code"):
+        with pytest.raises(UserError, match="unpickling can run code.*--allow_pickle"):
             load(folder)
+        monkeypatch.setitem(sys.modules, "torch", None)
+        with pytest.raises(UserError, match="needs PyTorch: pip install torch"):
+            load(folder, allow_pickle=True)
+
+        class Torch(types.ModuleType):
+            """Stands in for PyTorch, which is no dependency."""
+
+            @staticmethod
+            def load(path, *, map_location, weights_only):
+                assert path == folder / "pytorch_model.bin" and weights_only is True
+                tensor = types.SimpleNamespace
+                return {
+                    name: tensor(float=lambda array=array: tensor(numpy=lambda: array))
+                    for name, array in arrays.items()
+                }
+
+        monkeypatch.setitem(sys.modules, "torch", Torch("torch"))
+        found = load(folder, allow_pickle=True).params
+        jax.tree.map(np.testing.assert_array_equal, found, want)
+
+        def refuse(*args, **options):
+            raise RuntimeError("Weights only load failed\nmore")
+
+        monkeypatch.setattr(Torch, "load", refuse)
+        with pytest.raises(UserError, match="pytorch_model.bin' cannot be read: Weights only"):
+            load(folder, allow_pickle=True)
+
+    @pytest.mark.parametrize(
+        ("name", "what"),
+        [
+            ("model.json", "switchx run directory, which needs no conversion"),
+            ("checkpoint", "a T5X checkpoint"),
+            ("adapter_config.json", "a PEFT adapter"),
+            ("model_index.json", "a diffusers pipeline"),
+            ("readme.txt", "has no config.json"),
+        ],
+    )
+    def test_another_kind_of_folder(self, tmp_path, name, what):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match=f"{what}.*; supported are .*switch_transformers"):
+            load(tmp_path)
+
+    def test_a_file_or_a_configuration_without_kind(self, folder):
+        with pytest.raises(UserError, match="is a file; give the folder"):
+            load(folder / "config.json")
+        (folder / "config.json").write_text("{}")
+        with pytest.raises(UserError, match="no model_type in its config.json; supported are"):
+            load(folder)
+
+    def test_the_kind_is_told_before_the_weights_are_read(self, tmp_path):
+        (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+        with pytest.raises(UserError, match="'bert' model"):
+            load(tmp_path)
 
     def test_arrays_of_another_model(self, folder):
         self.change(folder, d_ff=50)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from switchx.errors import UserError
-from switchx.models.config import ModelConfig
+from switchx.models.config import ModelConfig, read_config
 from switchx.models.t5 import T5
 from switchx.moe.layer import MoeConfig
 
@@ -530,3 +530,32 @@ class TestBadValues:
         assert config.activations == ("gelu", "linear")
         assert config.encoder_sparse_layers == (1, 2)
         assert isinstance(hash(config), int)
+
+
+class TestReadConfig:
+    CONFIG = ModelConfig(d_model=48, moe=MoeConfig(num_experts=3, expert_capacity=5))
+
+    @pytest.fixture
+    def run(self, tmp_path):
+        (tmp_path / "checkpoints/7/params").mkdir(parents=True)
+        (tmp_path / "model.json").write_text(self.CONFIG.to_json())
+        return tmp_path
+
+    def test_from_a_run_or_a_checkpoint_in_it(self, run):
+        for path in (run, run / "checkpoints", run / "checkpoints/7"):
+            assert read_config(str(path)) == self.CONFIG
+
+    def test_what_changes_no_parameter_may_be_set(self, run):
+        config = read_config(
+            str(run), dropout_rate=0.2, expert_dropout_rate=0.4, dtype="bfloat16", remat="full"
+        )
+        assert (config.dropout_rate, config.dtype, config.remat) == (0.2, "bfloat16", "full")
+        assert config.moe == dataclasses.replace(self.CONFIG.moe, expert_dropout_rate=0.4)
+        (run / "model.json").write_text(ModelConfig().to_json())
+        assert read_config(str(run), expert_dropout_rate=0.4) == ModelConfig()
+
+    def test_mistakes(self, tmp_path):
+        with pytest.raises(UserError, match="INITIAL_CHECKPOINT_PATH is not set"):
+            read_config(None)
+        with pytest.raises(UserError, match="has no model.json; give a run directory"):
+            read_config(str(tmp_path))
