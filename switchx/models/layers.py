@@ -32,7 +32,10 @@ class Dense(nn.Module):
             (x.shape[-1], self.features),
             jnp.float32,
         )
-        return x @ kernel.astype(x.dtype)
+        # As a matrix: for the gradient of the kernel, XLA on CPU transposes more axes than two by
+        # copying, and loses its fast matmul (2.4 times the time of one layer's).
+        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):

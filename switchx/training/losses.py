@@ -293,10 +293,15 @@ def _sums(
     if off:
         others_BT = jnp.sum(logits_BTV, axis=-1) - target_logit_BT
         cross_entropy_BT -= off * others_BT
+    # Not argmax, whose reduction over pairs XLA does not vectorise: the target's logit is the first
+    # largest if it is as large as any, and larger than those before it.
+    tokens_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2)
+    before_BTV = jnp.where(tokens_BTV < targets_BT[..., None], logits_BTV, -jnp.inf)
+    correct_BT = (target_logit_BT >= max_BT) & (jnp.max(before_BTV, axis=-1) < target_logit_BT)
     sums = CrossEntropySums(
         cross_entropy=jnp.sum(weights_BT * cross_entropy_BT),
         z_loss=jnp.sum(weights_BT * (z_loss * jnp.square(log_z_BT))),
-        correct=jnp.sum(weights_BT * (jnp.argmax(logits_BTV, axis=-1) == targets_BT)),
+        correct=jnp.sum(weights_BT * correct_BT),
         weight=jnp.sum(weights_BT),
     )
     return sums, log_z_BT
