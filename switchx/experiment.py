@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "keep_checkpoints",
     "keep_best_checkpoints",
     "model_dir",
+    "data.token_cache_dir",
     "on_nonfinite",
     "mesh",
 )

@@ -5,8 +5,11 @@ and last bits only, and once: later tests and later sessions find the program in
 `make clean` removes. Whole programs run by tests/e2e compile as users' do.
 """
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(
@@ -24,6 +27,11 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = str(
     / os.environ.get("PYTEST_XDIST_WORKER", "main")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+# Token caches in a folder that ends with the session; pytest's workers inherit it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="switchx-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import jax  # noqa: E402
 

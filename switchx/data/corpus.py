@@ -1,7 +1,7 @@
 """Text on disk: the embedded prose and tasks, and files of the user's own, read and checked.
 
-Everything is read into memory, so a file is checked to its last line before training starts and
-a shuffle is a permutation of the whole. Text that does not fit belongs in TFDS or a token cache.
+Everything is read into memory, so a file is checked to its last line before training starts. Text
+that does not fit belongs in TFDS.
 """
 
 import functools
@@ -100,6 +100,19 @@ def expand(files: Sequence[str]) -> list[pathlib.Path]:
         else:
             paths.add(pathlib.Path(pattern))
     return sorted(paths)
+
+
+def checksum(path: pathlib.Path) -> str:
+    """SHA-256 of a file as it lies on the disk.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"file {str(path)!r} cannot be read: {error}") from error
 
 
 def file_format(path: pathlib.Path) -> str:

@@ -1,26 +1,29 @@
 """From a task's name to batches: packed, deterministic, split over hosts, with a position.
 
-Importing this module is cheap. TensorFlow and seqio are imported by the first `build_*` call,
-which may be made in a background thread while JAX compiles.
+Tasks with a token cache are read from it (`token_batches`), and the embedded tasks and a `FileTask`
+always have one. Others stream from seqio through tf.data (`seqio_batches`); only then TensorFlow
+is imported, by the first `build_*` call.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from switchx.batch import Batch
-from switchx.data import packing
+from switchx.data import seqio_batches, token_batches, tokenization
 from switchx.data import vocabulary as vocabularies
 from switchx.data.mixtures import EMBEDDED as EMBEDDED_MIXTURES
-from switchx.data.mixtures import Mixture
-from switchx.data.packing import Row
-from switchx.data.prefetch import Prefetcher
-from switchx.data.span_corruption import MEAN_SPAN_LENGTH, NOISE_DENSITY, Example, span_lengths
+from switchx.data.mixtures import Mixture, mixing_rates
+from switchx.data.packing import BatchWriter
+from switchx.data.prefetch import Prefetcher, Seekable
+from switchx.data.seqio_batches import FEATURES, SeqioBatches, batched
+from switchx.data.span_corruption import EOS, MEAN_SPAN_LENGTH, NOISE_DENSITY, span_lengths
 from switchx.data.tasks import EMBEDDED as EMBEDDED_TASKS
 from switchx.data.tasks import FileTask, TfdsTask, check_not_empty
+from switchx.data.token_batches import Member, TokenBatches, Window
 from switchx.errors import UserError, check_range, check_types, closest
 
 __all__ = [
@@ -30,14 +33,15 @@ __all__ = [
     "Prefetcher",
     "build_eval",
     "build_train",
+    "cache",
     "decode_tokens",
     "vocabulary_size",
 ]
 
-FEATURES = ("inputs", "targets")
+T = TypeVar("T")
+
 # Span corruption of evaluation text is the same in every run, whatever the run's own seed.
 EVAL_SEED = 0
-TRANSFER_SIZE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,8 @@ class DataConfig:
     `task_feature_lengths` are tokens per row, EOS included; `batch_size` is rows of the global
     batch. `tasks` declares tasks and mixtures beyond the embedded ones. `noise_density` and
     `mean_span_length` (tokens) are span corruption's, for every task that uses it.
+    `token_cache_dir` is the folder of the token caches (macro TOKEN_CACHE_DIR); None is
+    $XDG_CACHE_HOME/switchx or ~/.cache/switchx.
 
     Raises:
       UserError: a value of the wrong type or out of range.
@@ -63,6 +69,7 @@ class DataConfig:
     seed: int = 0
     tasks: Sequence[FileTask | TfdsTask | Mixture] = ()
     tfds_data_dir: str | None = None
+    token_cache_dir: str | None = None
     noise_density: float = NOISE_DENSITY
     mean_span_length: float = MEAN_SPAN_LENGTH
 
@@ -70,7 +77,8 @@ class DataConfig:
         """Check types and ranges; freeze the lists."""
         check_types(self)
         check_not_empty(self, "mixture_or_task_name", "vocabulary")
-        check_range(self, "tfds_data_dir", self.tfds_data_dir != "", "a folder, or None")
+        for folder in ("tfds_data_dir", "token_cache_dir"):
+            check_range(self, folder, getattr(self, folder) != "", "a folder, or None")
         lengths = self.task_feature_lengths
         for key, length in lengths.items():
             if key not in FEATURES:
@@ -118,106 +126,35 @@ def decode_tokens(config: DataConfig, ids: Sequence[int] | np.ndarray) -> str:
 
 
 def encode_text(config: DataConfig, text: str) -> list[int]:
-    """Ids of a text, EOS included; sentinels may be written as `decode_tokens` does."""
-    return vocabularies.encode(config.vocabulary, text)
+    """Ids of a text, EOS included; <extra_id_0> is a sentinel unless the vocabulary is bytes."""
+    ids, _ = vocabularies.encode(config.vocabulary, [text])
+    return [*ids.tolist(), EOS]
 
 
 def task_names(config: DataConfig) -> tuple[str, ...]:
     """The task of a configuration, or the tasks of its mixture, in order.
 
     Raises:
-      UserError: unknown name, or anything wrong with the data behind it.
+      UserError: unknown name, or a mixture in a mixture.
     """
-    return tuple(member.name for member in _members(_provider(config, "train")))
+    return tuple(_task_names(config, config.mixture_or_task_name)[0])
 
 
-class Batches(Iterator[Batch]):
-    """An endless iterator of this host's rows of the training batches.
+class Batches(Seekable, Protocol):
+    """An endless iterator of this host's rows of the training batches."""
 
-    A task is walked in epochs, each a dataset of its own with a seed derived from the
-    configuration's seed and the epoch's number: another order, other noise. The rows at the end
-    of an epoch that do not fill a batch are dropped. A mixture is one endless epoch 0, in which
-    every task repeats on its own. `position` is {'epoch', 'batch'}: batches taken in this epoch.
-    """
+    @property
+    def fingerprint(self) -> str:
+        """Every task with digits that stand for its data: 'name=12345678 …'."""
+        ...
 
-    def __init__(self, config: DataConfig, provider: Any, rows: slice) -> None:
-        """`provider` is the seqio task or mixture; `rows` this host's rows of a global batch."""
-        self._config = config
-        self._provider = provider
-        self._rows = rows
-        self._epoch = 0
-        self._batch = 0
-        self._iterator: Iterator[Sequence[Row]] | None = None
-
-    def __next__(self) -> Batch:
-        """This host's rows of the next global batch, as NumPy arrays."""
-        if self._iterator is None:
-            self._iterator = self._open()
-        rows = next(self._iterator, None)
-        if rows is None:
-            self._epoch, self._batch, self._iterator = self._epoch + 1, 0, None
-            return next(self)
-        self._batch += 1
-        return _batch(self._config, rows, self._rows)
+    def __iter__(self) -> Iterator[Batch]:
+        """Itself."""
+        ...
 
     def check(self) -> None:
-        """Make the batch that is next, so that what is wrong with the data shows now.
-
-        Raises:
-          UserError: the data cannot be read, or an epoch is less than a batch.
-        """
-        self._iterator = self._open()
-        rows = next(self._iterator, None)
-        self._iterator = self._iterator if rows is None else itertools.chain([rows], self._iterator)
-
-    def position(self) -> dict[str, int]:
-        """Where the next batch is, as integers that go into JSON."""
-        return {"epoch": self._epoch, "batch": self._batch}
-
-    def seek(self, position: Mapping[str, int]) -> None:
-        """Continue exactly as a stream at `position` would. Skips within one epoch only.
-
-        Raises:
-          UserError: not a position of `position()`. A position past the end of its epoch (the
-            data shrank since) is an error at the next batch.
-        """
-        if set(position) != {"epoch", "batch"}:
-            raise UserError(f"data position {dict(position)!r} must have keys 'batch' and 'epoch'")
-        for key, value in position.items():
-            _check_integer(f"data position {key!r}", value, 0)
-        self._epoch, self._batch = position["epoch"], position["batch"]
-        self._iterator = None
-
-    def _open(self) -> Iterator[Sequence[Row]]:
-        examples = _examples(
-            self._config,
-            self._provider,
-            "train",
-            shuffle=self._config.shuffle,
-            # seqio's mixtures have no common epoch: every task repeats on its own.
-            num_epochs=None if _members(self._provider) != [self._provider] else 1,
-            seed=_epoch_seed(self._config.seed, self._epoch),
-        )
-        batches = _batched(_rows(self._config, examples), self._config.batch_size)
-        first = next(batches, [])
-        if len(first) < self._config.batch_size:
-            raise self._too_small(len(first))
-        batches = itertools.chain([first], batches)
-        for _ in range(self._batch):
-            if len(next(batches, ())) < self._config.batch_size:
-                raise UserError(
-                    f"data position {self.position()} is past the end of "
-                    f"{self._provider.name!r}; the data changed since it was saved"
-                )
-        return (rows for rows in batches if len(rows) == self._config.batch_size)
-
-    def _too_small(self, num_rows: int) -> UserError:
-        config = self._config
-        return UserError(
-            f"task {self._provider.name!r} makes {num_rows} rows of "
-            f"{config.task_feature_lengths} tokens, fewer than DataConfig.batch_size = "
-            f"{config.batch_size}; lower it, shorten the lengths or add data"
-        )
+        """Make the batch that is next, so that what is wrong with the data shows now."""
+        ...
 
 
 class EvalBatches:
@@ -247,17 +184,27 @@ class EvalBatches:
 def build_train(config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> Batches:
     """The endless stream of training batches, of which this host gets its block of rows.
 
-    Every host walks the whole global stream and keeps rows process_index * n .. + n - 1 of each
-    batch (n = batch_size / process_count), so the global batches, and a position, are the same
-    for any number of hosts.
+    This host gets rows process_index * n .. + n - 1 of each global batch (n = batch_size /
+    process_count). The global batches, and a position, are the same for any number of hosts.
 
     Raises:
       UserError: unknown task, missing or broken data, lengths that the objective cannot fill,
         fewer rows than a batch.
     """
     host = _host_rows(config, process_index, process_count)
-    provider = _provider(config, "train")
-    batches = Batches(config, provider, host)
+    members = _cached(config, config.mixture_or_task_name)
+    if members is not None:
+        batches: Batches = TokenBatches(config, members, host)
+    else:
+        provider = _provider(config, "train", config.mixture_or_task_name)
+        names = [task.name for task in _members(provider)]
+        print(
+            f"{', '.join(names)}: streaming through TensorFlow; scripts/cache.py with the flags of "
+            "this run makes token caches, which are faster",
+            flush=True,
+        )
+        prints = [f"{name}={tokenization.content_fingerprint(config, name)}" for name in names]
+        batches = SeqioBatches(config, provider, host, fingerprint=" ".join(prints))
     batches.check()
     return batches
 
@@ -282,47 +229,120 @@ def build_eval(
     if num_batches is not None:
         _check_integer("num_batches", num_batches, 1)
     host = _host_rows(config, process_index, process_count)
-    provider = _provider(config, split, task)
-    parts = [
-        _rows(config, _examples(config, member, split, shuffle=False, num_epochs=1, seed=EVAL_SEED))
-        for member in _members(provider)
-        if split in member.splits
-    ]
-    batches = itertools.islice(_batched(_in_turn(parts), config.batch_size), num_batches)
+    name = config.mixture_or_task_name if task is None else task
+    members = _cached(config, name)
+    if members is not None:
+        _check_split(name, split, sorted({s for m in members for s in m.cache.splits}))
+        parts = [
+            token_batches.rows_in_order(config, member, split, EVAL_SEED)
+            for member in sorted(members, key=lambda member: member.name)
+            if split in member.cache.splits
+        ]
+        made = (
+            _written(config, rows, host) for rows in batched(_in_turn(parts), config.batch_size)
+        )
+    else:
+        provider = _provider(config, split, name)
+        parts = [
+            seqio_batches.rows_in_order(config, member, split, EVAL_SEED)
+            for member in _members(provider)
+            if split in member.splits
+        ]
+        made = (
+            seqio_batches.batch_of(config, rows, host)
+            for rows in batched(_in_turn(parts), config.batch_size)
+        )
+    batches = itertools.islice(made, num_batches)
     first = next(batches, None)
     if first is None:
-        raise UserError(f"split {split!r} of task {provider.name!r} has no row to evaluate on")
-    return EvalBatches(_batch(config, rows, host) for rows in itertools.chain([first], batches))
+        raise UserError(f"split {split!r} of task {name!r} has no row to evaluate on")
+    return EvalBatches(itertools.chain([first], batches))
 
 
-def _provider(config: DataConfig, split: str, name: str | None = None) -> Any:
+def cache(config: DataConfig) -> None:
+    """Make the token caches of the configuration's task, or of its mixture's tasks.
+
+    What is there and fits is kept. One line each says where it is.
+
+    Raises:
+      UserError: unknown task, missing or broken data, a task that cannot be cached.
+    """
+    for name in _task_names(config, config.mixture_or_task_name)[0]:
+        tokenization.make(config, name)
+
+
+def _task_names(config: DataConfig, name: str) -> tuple[list[str], Mixture | None]:
+    """The tasks behind a name, and the mixture that gives their rates if it is one.
+
+    Only what is neither declared nor cached is looked up in seqio's registries.
+    """
+    own = {declared.name: declared for declared in config.tasks}
+    declared = own.get(name, EMBEDDED_MIXTURES.get(name))
+    if isinstance(declared, Mixture):
+        for task in declared.tasks:
+            if task in EMBEDDED_MIXTURES or isinstance(own.get(task), Mixture):
+                raise UserError(f"mixture {name!r} contains mixture {task!r}; name its tasks")
+            if not tokenization.is_known(config, task):
+                _find(config, task)
+        return list(declared.tasks), declared
+    if tokenization.is_known(config, name):
+        return [name], None
+    found = _find(config, name)
+    if _members(found) == [found]:
+        return [name], None
+    rates = {task.name: float(found.get_rate(task)) for task in _members(found)}
+    return list(rates), Mixture("registered", list(rates), rates=rates)
+
+
+def _cached(config: DataConfig, name: str) -> list[Member] | None:
+    """The tasks behind a name with their caches and shares; None if one of them must stream."""
+    names, mixture = _task_names(config, name)
+    for task in names:
+        if tokenization.objective(config, task) == "span_corruption":
+            _check_lengths(config)
+    if not all(tokenization.has_cache(config, task) for task in names):
+        return None
+    caches = {task: tokenization.find(config, task) for task in names}
+    rates = {name: 1.0}
+    if mixture is not None:
+        for task, cache in caches.items():
+            _check_split(task, "train", cache.splits)
+        rates = mixing_rates(mixture, {t: c.num_examples("train") for t, c in caches.items()})
+    return [Member(task, cache, rates[task]) for task, cache in caches.items()]
+
+
+def _find(config: DataConfig, name: str) -> Any:
     from switchx.data import registry
     from switchx.data.backend import BUILD_LOCK
 
     with BUILD_LOCK:
-        provider = registry.find(config, name)
-    if split not in provider.splits:
-        raise UserError(
-            f"task {provider.name!r} has no split {split!r}{closest(split, provider.splits)}"
-        )
-    _check_lengths(config, provider)
+        return registry.find(config, name)
+
+
+def _provider(config: DataConfig, split: str, name: str) -> Any:
+    provider = _find(config, name)
+    _check_split(name, split, provider.splits)
     return provider
 
 
-def _check_lengths(config: DataConfig, provider: Any) -> None:
-    from switchx.data import preprocessors
+def _members(provider: Any) -> list[Any]:
+    return list(getattr(provider, "tasks", [provider]))
 
-    for member in _members(provider):
-        objectives = {getattr(step, "func", step) for step in member.preprocessors}
-        if preprocessors.span_corruption in objectives:
-            inputs, targets = (config.task_feature_lengths[key] for key in FEATURES)
-            needed = span_lengths(inputs, config.noise_density, config.mean_span_length)
-            if targets < needed.targets_length:
-                raise UserError(
-                    f"DataConfig.task_feature_lengths: span corruption of {inputs} inputs makes "
-                    f"{needed.targets_length} targets, more than 'targets': {targets}; set "
-                    f"'targets': {needed.targets_length}"
-                )
+
+def _check_split(name: str, split: str, splits: Iterable[str]) -> None:
+    if split not in splits:
+        raise UserError(f"task {name!r} has no split {split!r}{closest(split, splits)}")
+
+
+def _check_lengths(config: DataConfig) -> None:
+    inputs, targets = (config.task_feature_lengths[key] for key in FEATURES)
+    needed = span_lengths(inputs, config.noise_density, config.mean_span_length)
+    if targets < needed.targets_length:
+        raise UserError(
+            f"DataConfig.task_feature_lengths: span corruption of {inputs} inputs makes "
+            f"{needed.targets_length} targets, more than 'targets': {targets}; set "
+            f"'targets': {needed.targets_length}"
+        )
 
 
 def _host_rows(config: DataConfig, process_index: int, process_count: int) -> slice:
@@ -337,64 +357,16 @@ def _host_rows(config: DataConfig, process_index: int, process_count: int) -> sl
     return slice(process_index * rows, (process_index + 1) * rows)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    # seqio counts up from this seed for each step of a pipeline, so seeds must not be neighbours.
-    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0] >> 2)
+def _written(config: DataConfig, rows: Sequence[tuple[Window, int]], host: slice) -> Batch:
+    """A host's rows of a global batch, each a window and a row in it."""
+    lengths = (config.task_feature_lengths[key] for key in FEATURES)
+    writer = BatchWriter(host.stop - host.start, *lengths)
+    for i, (window, row) in enumerate(rows[host]):
+        window.write(writer, i, row, row + 1)
+    return writer.batch()
 
 
-def _members(provider: Any) -> list[Any]:
-    return list(getattr(provider, "tasks", [provider]))
-
-
-def _examples(
-    config: DataConfig,
-    provider: Any,
-    split: str,
-    *,
-    shuffle: bool,
-    num_epochs: int | None,
-    seed: int,
-) -> Iterator[Example]:
-    """Tokenised examples, trimmed to the configuration's lengths."""
-    from switchx.data.backend import BUILD_LOCK, tf
-    from switchx.data.preprocessors import plain
-
-    with BUILD_LOCK:
-        dataset = provider.get_dataset(
-            sequence_length=config.task_feature_lengths,
-            split=split,
-            shuffle=shuffle,
-            seed=seed,
-            num_epochs=num_epochs,
-            # The in-memory cache of seqio would freeze the first epoch's order.
-            try_in_mem_cache=False,
-        )
-    # Crossing into Python costs much the same for one example as for many.
-    groups = dataset.map(plain(lambda example: [example[key] for key in FEATURES]))
-    groups = groups.ragged_batch(TRANSFER_SIZE)
-    groups = groups.map(plain(lambda *sides: [(side.values, side.row_splits) for side in sides]))
-    options = tf.data.Options()
-    options.deterministic = True
-    try:
-        for sides in groups.prefetch(2).with_options(options).as_numpy_iterator():
-            yield from map(Example, *(np.split(values, splits[1:-1]) for values, splits in sides))
-    except (tf.errors.NotFoundError, tf.errors.DataLossError) as error:
-        reason = error.message.split("\n")[0]
-        raise UserError(f"data of task {provider.name!r} cannot be read: {reason}") from error
-
-
-def _rows(config: DataConfig, examples: Iterator[Example]) -> Iterator[Row]:
-    if config.pack:
-        return packing.pack(examples, *(config.task_feature_lengths[key] for key in FEATURES))
-    return ([example] for example in examples)
-
-
-def _batched(rows: Iterator[Row], batch_size: int) -> Iterator[Sequence[Row]]:
-    while batch := list(itertools.islice(rows, batch_size)):
-        yield batch
-
-
-def _in_turn(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
+def _in_turn(parts: Sequence[Iterator[T]]) -> Iterator[T]:
     parts = list(parts)
     while parts:
         for part in list(parts):
@@ -403,11 +375,6 @@ def _in_turn(parts: Sequence[Iterator[Row]]) -> Iterator[Row]:
                 parts.remove(part)
             else:
                 yield row
-
-
-def _batch(config: DataConfig, rows: Sequence[Row], host: slice) -> Batch:
-    lengths = (config.task_feature_lengths[key] for key in FEATURES)
-    return packing.assemble(rows[host], host.stop - host.start, *lengths)
 
 
 def _check_integer(key: str, value: object, minimum: int) -> None:

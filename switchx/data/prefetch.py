@@ -16,11 +16,11 @@ class Seekable(Protocol):
         """The next batch."""
         ...
 
-    def position(self) -> dict[str, int]:
-        """Where the next batch is."""
+    def position(self) -> dict[str, Any]:
+        """Where the next batch is: integers and strings that go into JSON."""
         ...
 
-    def seek(self, position: Mapping[str, int]) -> None:
+    def seek(self, position: Mapping[str, Any]) -> None:
         """Go to a position."""
         ...
 
@@ -40,7 +40,7 @@ class Prefetcher(Iterator[Any]):
         self._batches = batches
         self._place = place
         self._size = size
-        self._queue: queue.Queue[tuple[Any, dict[str, int], BaseException | None]] = queue.Queue()
+        self._queue: queue.Queue[tuple[Any, dict[str, Any], BaseException | None]] = queue.Queue()
         # Counts free places, so that close() can end a producer that waits for one.
         self._free = threading.Semaphore(size)
         self._closed = threading.Event()
@@ -69,11 +69,11 @@ class Prefetcher(Iterator[Any]):
         self._position = position
         return placed
 
-    def position(self) -> dict[str, int]:
+    def position(self) -> dict[str, Any]:
         """Position after the last batch handed out, whatever has been made ahead of it."""
         return dict(self._position)
 
-    def seek(self, position: Mapping[str, int]) -> None:
+    def seek(self, position: Mapping[str, Any]) -> None:
         """Go to a position; only before the thread has started."""
         if self._thread is not None:
             raise RuntimeError("seek before the first batch, not after")

@@ -5,8 +5,10 @@ can serve two vocabularies in one process; `register` enters them there for seqi
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from switchx.data import corpus, mixtures, preprocessors, tasks, vocabulary
 from switchx.data.backend import seqio, tf
@@ -98,6 +100,93 @@ def find(config: "DataConfig", name: str | None = None) -> seqio.Task | seqio.Mi
     known = {*own, *tasks.EMBEDDED, *mixtures.EMBEDDED}
     known |= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     raise UserError(f"no task or mixture is called {name!r}{closest(name, known)}")
+
+
+def dataset_version(config: "DataConfig", name: str) -> Any:
+    """What the data of a task is, beyond its declaration: TFDS name with version, and its sizes.
+
+    None for tasks whose source has no version. JSON values.
+    """
+    own = {declared.name: declared for declared in config.tasks}
+    declared = own.get(name)
+    if not isinstance(declared, tasks.TfdsTask):
+        return None
+    info = _tfds_builder(config, declared).info
+    sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}
+    return {"name": info.full_name, "examples": sizes}
+
+
+def token_splits(
+    config: "DataConfig", name: str
+) -> Iterator[tuple[str, int | None, Iterator[Mapping[str, tuple[np.ndarray, np.ndarray]]]]]:
+    """Every split of a task as tokens: its name, its number of examples if known, and the tokens.
+
+    Documents of a text task are under 'text', without EOS; other tasks give the 'inputs' and
+    'targets' that their preprocessors make, of any length. Tokens come as
+    `switchx.data.token_cache.Writer.add` takes them.
+
+    Raises:
+      UserError: a task that is not the same every time, or needs the row's lengths.
+    """
+    found = find(config, name)
+    assert isinstance(found, seqio.Task)
+    if _is_text(found):
+        feature = seqio.Feature(found.output_features["inputs"].vocabulary, add_eos=False)
+        found = found.replace(
+            preprocessors=found.preprocessors[:-1], output_features={"text": feature}
+        )
+    else:
+        _check_repeatable(found)
+    for split in found.splits:
+        # Documents become one each; other preprocessors may cut, join or drop examples.
+        total = found.num_input_examples(split)
+        yield split, total, _token_chunks(_untrimmed(found, split, seed=0), found.output_features)
+
+
+def _is_text(task: seqio.Task) -> bool:
+    return getattr(task.preprocessors[-1], "func", task.preprocessors[-1]) in (
+        preprocessors.span_corruption,
+        preprocessors.prefix_lm,
+    )
+
+
+def _untrimmed(task: seqio.Task, split: str, seed: int) -> tf.data.Dataset:
+    try:
+        return task.get_dataset(
+            None, split, shuffle=False, seed=seed, try_in_mem_cache=False, num_epochs=1
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"task {task.name!r} cannot be cached: its preprocessors fail without the lengths of "
+            f"rows ({reason}); it streams instead"
+        ) from error
+
+
+def _check_repeatable(task: seqio.Task) -> None:
+    split = next(iter(task.splits))
+    first, second = (
+        [
+            [example[key].tolist() for key in task.output_features]
+            for example in _untrimmed(task, split, seed).take(100).as_numpy_iterator()
+        ]
+        for seed in (0, 1)
+    )
+    if first != second:
+        raise UserError(
+            f"task {task.name!r} cannot be cached: its preprocessors draw at random, and a cache "
+            "would repeat one draw for ever; it streams instead"
+        )
+
+
+def _token_chunks(dataset: tf.data.Dataset, features: Mapping[str, Any]):
+    keys = sorted(features)
+    groups = dataset.map(plain(lambda example: [example[key] for key in keys])).ragged_batch(1000)
+    groups = groups.map(plain(lambda *sides: [(side.values, side.row_lengths()) for side in sides]))
+    empty = (np.zeros(0, np.int32), np.zeros(0, np.int64))
+    yield dict.fromkeys(keys, empty)
+    for sides in groups.prefetch(2).as_numpy_iterator():
+        yield dict(zip(keys, sides, strict=True))
 
 
 def register(config: "DataConfig") -> None:

@@ -104,6 +104,26 @@ class FileTask:
         paths = train_paths if split == "train" else corpus.expand(self.validation_files)
         return _read(self, _stamps(paths))
 
+    def content(self) -> dict[str, Any]:
+        """What `examples` depends on, as JSON: formats and SHA-256 of files, and how to read them.
+
+        Raises:
+          UserError: a file that is missing or cannot be read.
+        """
+
+        def files(patterns: Sequence[str]) -> list[list[str]]:
+            return [
+                [self.format or corpus.file_format(path), corpus.checksum(path)]
+                for path in corpus.expand(patterns)
+            ]
+
+        own = self.validation_files
+        return {
+            "files": files(self.files),
+            "validation": self.validation_fraction if own is None else files(own),
+            "fields": dict(self.fields),
+        }
+
     @property
     def fields(self) -> Mapping[str, str]:
         """The fields `examples` yields, and what the files call them."""

@@ -1,13 +1,15 @@
 """Vocabularies: two embedded SentencePiece models, raw bytes, or a model file of the user's own."""
 
 import functools
+import hashlib
+import itertools
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import sentencepiece
+from jaxtyping import Int
 
 from switchx.data.span_corruption import EOS, NUM_SENTINELS
 from switchx.errors import UserError, closest
@@ -55,17 +57,29 @@ def sentinel_id(vocabulary: "seqio.Vocabulary", index: int) -> int:
     return vocabulary.vocab_size - 1 - index
 
 
-def encode(name: str, text: str) -> list[int]:
-    """Ids of a text, EOS included; sentinels may be written <extra_id_i>, as `decode` does."""
-    ids: list[int] = []
-    for part in re.split(r" ?(<extra_id_\d{1,2}>) ?", text):
-        if match := re.fullmatch(r"<extra_id_(\d{1,2})>", part):
-            ids.append(size(name) - 1 - int(match[1]))
-        elif name == "bytes":
-            ids += [byte + 3 for byte in part.encode("utf-8")]
-        else:
-            ids += _pieces(name).encode(part)
-    return [*ids, EOS]
+def fingerprint(name: str) -> str:
+    """SHA-256 of the model file of the vocabulary called `name`, or 'bytes'."""
+    if name == "bytes":
+        return name
+    _pieces(name)
+    return hashlib.sha256(_model_path(name).read_bytes()).hexdigest()
+
+
+def encode(
+    name: str, texts: Sequence[str]
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " texts"]]:
+    """Ids of many texts one after the other (int32), and how many each text has (int64).
+
+    No EOS. The ids are those of the seqio vocabulary that `load` returns, sentinels written as
+    <extra_id_i> included, made without TensorFlow.
+    """
+    if name == "bytes":
+        raw = [text.encode("utf-8") for text in texts]
+        lengths = np.fromiter(map(len, raw), np.int64, len(raw))
+        return np.frombuffer(b"".join(raw), np.uint8).astype(np.int32) + 3, lengths
+    rows = _encoder(name).encode(list(texts))
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    return np.fromiter(itertools.chain.from_iterable(rows), np.int32, lengths.sum()), lengths
 
 
 def decode(name: str, ids: Sequence[int] | np.ndarray) -> str:
@@ -119,3 +133,19 @@ def _pieces(name: str) -> sentencepiece.SentencePieceProcessor:
             f"{model.eos_id()}; train it with --pad_id=0 --eos_id=1 --unk_id=2 --bos_id=-1"
         )
     return model
+
+
+@functools.lru_cache(maxsize=8)
+def _encoder(name: str) -> sentencepiece.SentencePieceProcessor:
+    from sentencepiece import sentencepiece_model_pb2
+
+    _pieces(name)
+    model = sentencepiece_model_pb2.ModelProto.FromString(  # type: ignore[attr-defined]
+        _model_path(name).read_bytes()
+    )
+    # As seqio adds them, so that sentinels written in a text become their ids.
+    for index in reversed(range(NUM_SENTINELS)):
+        model.pieces.add(
+            piece=f"\u2581<extra_id_{index}>", score=0.0, type=model.SentencePiece.USER_DEFINED
+        )
+    return sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())

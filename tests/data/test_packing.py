@@ -39,21 +39,20 @@ def test_assemble_by_hand():
 
 
 def test_pack_by_hand():
-    a, b, c, d = (example([9] * i, [9] * t) for i, t in ((3, 1), (3, 1), (2, 1), (2, 4)))
-    # Room for 5 inputs and 4 targets: c goes behind a; d has too many targets for b's row.
-    assert list(packing.pack([a, b, c, d], 5, 4)) == [[a, c], [b], [d]]
-    # With one row open, b closes a's row.
-    assert list(packing.pack([a, b, c, d], 5, 4, open_rows=1)) == [[a], [b, c], [d]]
+    lengths = [(3, 1), (3, 1), (2, 1), (2, 4)]
+    # Room for 5 inputs and 4 targets: 2 goes behind 0; 3 has too many targets for 1's row.
+    assert list(packing.pack(lengths, 5, 4)) == [[0, 2], [1], [3]]
+    # With one row open, 1 closes 0's row.
+    assert list(packing.pack(lengths, 5, 4, open_rows=1)) == [[0], [1, 2], [3]]
 
 
 def test_pack_keeps_every_example_and_every_limit():
-    examples = random_examples(300)
-    rows = list(packing.pack(iter(examples), 16, 10))
-    packed = [id(e) for row in rows for e in row]
-    assert sorted(packed) == sorted(map(id, examples))
-    assert max(sum(len(e.inputs) for e in row) for row in rows) <= 16
-    assert max(sum(len(e.targets) for e in row) for row in rows) <= 10
-    assert len(rows) < len(list(packing.pack(iter(examples), 16, 10, open_rows=1)))
+    lengths = [tuple(map(len, e)) for e in random_examples(300)]
+    rows = list(packing.pack(iter(lengths), 16, 10))
+    assert sorted(sum(rows, [])) == list(range(300))
+    assert max(sum(lengths[i][0] for i in row) for row in rows) <= 16
+    assert max(sum(lengths[i][1] for i in row) for row in rows) <= 10
+    assert len(rows) < len(list(packing.pack(iter(lengths), 16, 10, open_rows=1)))
 
 
 def through_seqio(examples, inputs_length, targets_length, pack):
@@ -72,7 +71,8 @@ def through_seqio(examples, inputs_length, targets_length, pack):
 def test_equals_seqio_packing_with_one_row_open():
     # seqio starts a new row every max(lengths) examples; 60 stay below that.
     examples = random_examples(60, longest=(30, 18))
-    rows = list(packing.pack(examples, 64, 40, open_rows=1))
+    found = packing.pack((tuple(map(len, e)) for e in examples), 64, 40, open_rows=1)
+    rows = [[examples[i] for i in row] for row in found]
     assert len(rows) > 5
     batch = packing.assemble(rows, len(rows), 64, 40)
     expected = through_seqio(examples, 64, 40, pack=True)

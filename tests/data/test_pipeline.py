@@ -20,6 +20,8 @@ from switchx.data.pipeline import (
     build_eval,
     build_train,
     decode_tokens,
+    encode_text,
+    task_names,
     vocabulary_size,
 )
 from switchx.data.tasks import FileTask
@@ -67,6 +69,11 @@ def same(left, right):
 
 def take(batches, count):
     return list(itertools.islice(batches, count))
+
+
+def place(batches):
+    position = batches.position()
+    return position["window"], position["row"]
 
 
 def sources(config, batch):
@@ -169,19 +176,19 @@ def test_a_packed_row_holds_whole_examples(small):
 def test_an_epoch_sees_each_example_once_and_then_another_order(small):
     config = small_config(small)
     batches = build_train(config)
-    epochs = [sum((sources(config, b) for b in take(batches, 6)), []) for _ in range(2)]
-    assert batches.position() == {"epoch": 1, "batch": 6}
+    found = sum((sources(config, batch) for batch in take(batches, 20)), [])
+    # Epochs of 40 rows follow one another in batches of 6: nothing is left out.
+    epochs = [found[i : i + 40] for i in (0, 40, 80)]
+    assert place(batches) == (3, 0)
     for epoch in epochs:
-        # 40 rows make 6 batches of 6; 4 rows are left out, others in every epoch.
-        assert len(set(epoch)) == len(epoch) == 36
-    assert epochs[0] != epochs[1]
-    assert set(epochs[0]) != set(epochs[1])
+        assert set(epoch) == {f"say {i} in full" for i in range(40)}
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
 def test_without_shuffling_every_epoch_is_in_order(small):
     config = small_config(small, shuffle=False)
     found = sum((sources(config, batch) for batch in take(build_train(config), 12)), [])
-    assert found == [f"say {i} in full" for i in range(36)] * 2
+    assert found == ([f"say {i} in full" for i in range(40)] * 2)[:72]
 
 
 def test_the_seed_decides(small):
@@ -229,15 +236,16 @@ def test_seek_continues_the_stream(small):
     for _ in range(15):
         positions.append(json.loads(json.dumps(stream.position())))
         batches.append(next(stream))
-    assert positions[6] == {"epoch": 0, "batch": 6}  # the end of an epoch, not yet the next one
-    assert positions[14] == {"epoch": 2, "batch": 2}
+    assert (positions[6]["window"], positions[6]["row"]) == (0, 36)
+    assert (positions[14]["window"], positions[14]["row"]) == (2, 4)
+    assert positions[14]["data"].startswith("small=") and len(positions[14]["data"]) == 14
     fresh = build_train(config)
     for start in (0, 5, 6, 7, 12, 3):
         fresh.seek(positions[start])
         assert fresh.position() == positions[start]
         again = take(fresh, 15 - start)
         assert all(map(same, again, batches[start:])), start
-        assert fresh.position() == {"epoch": 2, "batch": 3}
+        assert place(fresh) == (2, 10)
 
 
 @pytest.mark.parametrize("name", ["embedded_span_corruption", "embedded_instructions"])
@@ -246,7 +254,7 @@ def test_seek_in_embedded_data(name):
     stream = build_train(config)
     take(stream, 5)
     position = stream.position()
-    assert position == {"epoch": 0, "batch": 5}
+    assert place(stream) == (0, 40)
     expected = take(stream, 3)
     fresh = build_train(config)
     fresh.seek(position)
@@ -256,15 +264,15 @@ def test_seek_in_embedded_data(name):
 def test_seek_refuses_what_is_no_position(small):
     batches = build_train(small_config(small))
     for position, message in (
-        ({"epoch": 0}, "must have keys 'batch' and 'epoch'"),
-        ({"epoch": 0, "batch": -1}, "'batch' = -1 must be at least 0"),
-        ({"epoch": 0, "batch": 1.0}, "'batch' = 1.0 must be an integer"),
+        ({"epoch": 0, "batch": 3}, "is not one of a token cache .* new MODEL_DIR"),
+        ({**batches.position(), "row": -1}, "'row' = -1 must be at least 0"),
+        ({**batches.position(), "window": 1.0}, "'window' = 1.0 must be an integer"),
+        ({**batches.position(), "row": 40}, "is past the end of its window of 40 rows"),
+        ({**batches.position(), "data": "?"}, "the data of task 'small' .*train.tsv.* not what"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             batches.seek(position)
-    batches.seek({"epoch": 3, "batch": 7})
-    with pytest.raises(UserError, match="is past the end of 'small'; the data changed"):
-        next(batches)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -339,7 +347,7 @@ def test_a_prefetcher_resumes_at_the_consumer(small):
     assert all(map(same, take(prefetcher, 7), expected[:7]))
     position = prefetcher.position()
     prefetcher.close()
-    assert position == {"epoch": 1, "batch": 1}
+    assert (position["window"], position["row"]) == (1, 2)
     resumed = Prefetcher(build_train(config), place=lambda batch: batch)
     resumed.seek(position)
     assert all(map(same, take(resumed, 3), expected[7:]))
@@ -432,3 +440,19 @@ def test_vocabulary_helpers():
         assert vocabulary_size(config) == vocabulary.load(name).vocab_size
         ids = [*vocabulary.load(name).encode("some text"), 1, 0, 0]
         assert decode_tokens(config, np.array(ids, np.int32)) == "some text"
+
+
+def test_a_text_becomes_the_ids_that_training_sees():
+    config = DataConfig(vocabulary="spm8k")
+    text = "The whale <extra_id_0> was <extra_id_12> white"
+    ids = encode_text(config, text)
+    assert ids[-1] == 1 and [i for i in ids if i >= 8000] == [8099, 8087]
+    assert decode_tokens(config, ids) == text
+    assert encode_text(DataConfig(vocabulary="bytes"), "a") == [100, 1]
+    assert encode_text(config, "") == [1]
+
+
+def test_the_tasks_behind_a_name():
+    assert task_names(DataConfig(mixture_or_task_name="wn_define")) == ("wn_define",)
+    mixture = DataConfig(mixture_or_task_name="embedded_instructions")
+    assert len(task_names(mixture)) == 8

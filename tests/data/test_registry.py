@@ -1,17 +1,20 @@
 """seqio sources, tasks and mixtures: shuffling, sharding, metrics, TFDS, user mistakes."""
 
 import collections
+import dataclasses
 import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from switchx.data import corpus, registry
+from switchx.data import corpus, registry, tokenization
 from switchx.data.backend import seqio, tf
 from switchx.data.mixtures import Mixture
-from switchx.data.pipeline import DataConfig, build_train, decode_tokens
+from switchx.data.pipeline import DataConfig, build_train, cache, decode_tokens
 from switchx.data.tasks import FileTask, TfdsTask
 from switchx.errors import UserError
 
@@ -242,6 +245,60 @@ def test_tfds_text_and_slices(glue):
     }
 
 
+FROM_CACHE = """
+import sys
+from switchx.data.pipeline import DataConfig, build_train
+from switchx.data.tasks import TfdsTask
+settings = {settings!r}
+assert set(build_train(settings).position()) == {{"window", "row", "data"}}
+print("tensorflow" in sys.modules)
+"""
+
+
+def test_tfds_data_is_cached_on_demand_and_then_needs_no_tensorflow(glue, tmp_path, capsys):
+    settings = config(
+        "mine", rte(), tfds_data_dir=glue, pack=False, batch_size=5, token_cache_dir=str(tmp_path)
+    )
+    assert "epoch" in build_train(settings).position()
+    cache(settings)
+    batch = next(build_train(settings))
+    found = {
+        (decode_tokens(settings, inputs), decode_tokens(settings, targets))
+        for inputs, targets in zip(batch.encoder_tokens, batch.decoder_target_tokens, strict=True)
+    }
+    assert found == {
+        (f"rte sentence1: {premise} sentence2: {hypothesis}", label)
+        for label, premise, hypothesis in ROWS
+    }
+    info = tokenization.find(settings, "mine").info
+    assert info["dataset"] == {"name": "glue/rte/2.0.0", "examples": {"train": 5, "validation": 2}}
+    code = FROM_CACHE.format(settings=settings)
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert alone.stdout == "False\n"
+    # Another declaration under the same name is refused; the script makes it again.
+    other = dataclasses.replace(settings, tasks=[rte(prefix="nli")])
+    with pytest.raises(UserError, match="of another source .*scripts/cache.py"):
+        build_train(other)
+    capsys.readouterr()
+    cache(other)
+    assert "making it again" in capsys.readouterr().out
+    assert decode_tokens(other, next(build_train(other)).encoder_tokens[0]).startswith("nli")
+
+
+def test_tfds_text_is_cached_as_documents(glue, tmp_path):
+    task = rte(objective="prefix_lm", text_field="sentence1", splits={"train": "train[:2]"})
+    settings = config("mine", task, tfds_data_dir=glue, token_cache_dir=str(tmp_path))
+    cache(settings)
+    found = tokenization.find(settings, "mine")
+    assert found.splits == ("train",) and found.objective == "prefix_lm"
+    tokens, offsets = found.read("train", "text")
+    texts = {
+        decode_tokens(settings, tokens[start:end])
+        for start, end in zip(offsets, offsets[1:], strict=False)
+    }
+    assert len(texts) == 2 and texts < {premise for _, premise, _ in ROWS}
+
+
 def test_hidden_tfds_labels_are_unk():
     import tensorflow_datasets as tfds
 
@@ -289,7 +346,7 @@ def test_tfds_data_that_vanishes_is_a_one_line_error(glue, tmp_path):
     found = build_train(settings)
     for record in folder.rglob("*.tfrecord*"):
         os.remove(record)
-    found.seek({"epoch": 5, "batch": 0})
+    found.seek({**found.position(), "epoch": 5})
     with pytest.raises(UserError, match="data of task 'mine' cannot be read") as caught:
         next(found)
     assert "\n" not in str(caught.value)

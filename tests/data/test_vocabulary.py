@@ -1,9 +1,12 @@
 """Vocabularies: sizes, special ids, sentinels, decoding, user mistakes."""
 
+import hashlib
+
+import numpy as np
 import pytest
 import sentencepiece
 
-from switchx.data import vocabulary
+from switchx.data import corpus, vocabulary
 from switchx.errors import UserError
 
 
@@ -28,6 +31,33 @@ def test_text_survives_encoding(name):
     assert 2 not in ids
     assert vocabulary.decode(name, ids) == text
     assert loaded.encode_tf(text).numpy().tolist() == ids
+
+
+@pytest.mark.parametrize("name", ["spm8k", "spm32k", "bytes"])
+def test_encoding_without_tensorflow_gives_the_ids_of_seqio(name):
+    loaded = vocabulary.load(name)
+    texts = [
+        "",
+        "a <extra_id_3> and <extra_id_99>ly, jel<extra_id_2> <extra_id_100>",
+        "  two  spaces \n\n a line\tend ",
+        "\u6771\u4eac h\u00e9llo \u2581 ~{}",
+        *corpus.embedded_prose("validation")[:20],
+    ]
+    tokens, lengths = vocabulary.encode(name, texts)
+    assert tokens.dtype == np.int32 and lengths.sum() == len(tokens)
+    for text, found in zip(texts, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
+        assert found.tolist() == loaded.encode(text) == loaded.encode_tf(text).numpy().tolist()
+    tokens, lengths = vocabulary.encode(name, [])
+    assert len(tokens) == len(lengths) == 0
+
+
+def test_fingerprints_follow_the_content(tmp_path):
+    model = (vocabulary._FOLDER / "spm8k.model").read_bytes()
+    (tmp_path / "own.model").write_bytes(model)
+    own = vocabulary.fingerprint(str(tmp_path / "own.model"))
+    assert own == vocabulary.fingerprint("spm8k") == hashlib.sha256(model).hexdigest()
+    assert vocabulary.fingerprint("spm32k") != own
+    assert vocabulary.fingerprint("bytes") == "bytes"
 
 
 def test_sentinels_are_the_pieces_seqio_adds():
@@ -78,18 +108,3 @@ def test_user_mistakes(tmp_path):
         assert "\n" not in str(caught.value)
         with pytest.raises(UserError):
             vocabulary.load(name)
-
-
-@pytest.mark.parametrize("name", ["spm8k", "bytes"])
-def test_encode_is_the_inverse_of_decode(name):
-    size = vocabulary.size(name)
-    text = "The whale <extra_id_0> was <extra_id_12> white"
-    ids = vocabulary.encode(name, text)
-    assert ids[-1] == 1
-    assert [i for i in ids if i >= size - 100] == [size - 1, size - 13]
-    assert vocabulary.decode(name, ids) == text
-    assert vocabulary.encode(name, "") == [1]
-
-
-def test_encode_by_hand():
-    assert vocabulary.encode("bytes", "a<extra_id_1>") == [100, 357, 1]
