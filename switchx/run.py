@@ -21,6 +21,7 @@ from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
 from switchx.overview import overview
 from switchx.run_directory import JsonLines, RunDirectory, versions
+from switchx.training import memory
 from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
 from switchx.training.loop import Hook, Interrupted, StopSignals
 from switchx.training.loop import train as train_loop
@@ -87,7 +88,9 @@ def compile_step(
         )
         for field in dataclasses.fields(Batch)
     }
-    return jitted.lower(abstract, Batch(**fields)).compile()
+    compiled = jitted.lower(abstract, Batch(**fields)).compile()
+    memory.release()
+    return compiled
 
 
 class _Run:

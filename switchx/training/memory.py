@@ -1,5 +1,7 @@
 """What a training step needs, estimated before anything is allocated, and what there is."""
 
+import contextlib
+import ctypes
 from typing import Any, NamedTuple
 
 import jax
@@ -85,6 +87,15 @@ def available() -> int:
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
     return psutil.virtual_memory().available // jax.local_device_count()
+
+
+def release() -> None:
+    """Return to the system what was freed but kept by the C library, where it is glibc.
+
+    Compiling a training step leaves hundreds of MB behind, and the step allocates anew.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _bytes_per_device(tree: Any) -> int:

@@ -286,6 +286,7 @@ def adafactor(
             if "v" in _state_shapes(param.shape, leaf_names, min_dim_size_to_factor):
                 v = running_mean(v, square + epsilon1)
                 step = step * jax.lax.rsqrt(v)
+                size = _mean(square / v, leaf_names)
             else:
                 row, column = _inner(leaf_names)
                 # The mean of G² + ε1, added last: a pure mean of squares needs no array of them.
@@ -293,14 +294,18 @@ def adafactor(
                 v_col = running_mean(v_col, jnp.mean(square, axis=row) + epsilon1)
                 # `column` comes after `row`, so dropping it leaves `row` where it was.
                 row_mean = jnp.mean(v_row, axis=row, keepdims=True)
-                row_factor = jnp.expand_dims(jax.lax.rsqrt(v_row / row_mean), column)
-                step = step * row_factor * jnp.expand_dims(jax.lax.rsqrt(v_col), row)
+                by_row = jnp.expand_dims(row_mean / v_row, column)
+                by_column = jnp.expand_dims(1 / v_col, row)
+                # Mean of U² from G²: with U in two places, XLA would write it out.
+                size = jnp.mean(square * by_column, axis=column, keepdims=True) * by_row
+                size = jnp.mean(size, axis=row, keepdims=True)
+                step = step * jnp.sqrt(by_row) * jnp.sqrt(by_column)
             scale = rate
             if multiply_by_parameter_scale:
-                size = _rms(jnp.asarray(param, jnp.float32), leaf_names)
-                scale = scale * jnp.maximum(size, epsilon2)
+                param_rms = jnp.sqrt(_mean(jnp.square(jnp.asarray(param, jnp.float32)), leaf_names))
+                scale = scale * jnp.maximum(param_rms, epsilon2)
             if clip_threshold is not None:
-                scale = scale / jnp.maximum(1.0, _rms(step, leaf_names) / clip_threshold)
+                scale = scale / jnp.maximum(1.0, jnp.sqrt(size) / clip_threshold)
             return (-scale * step).astype(param.dtype), v_row, v_col, v
 
         moved = _map(update_leaf, names, updates, params, state.v_row, state.v_col, state.v)
@@ -416,6 +421,6 @@ def _state_shapes(
     }
 
 
-def _rms(x: Array, names: Axes) -> Array:
-    """Root mean square over the axes that are not batch axes, which are kept with size 1."""
-    return jnp.sqrt(jnp.mean(jnp.square(x), axis=_inner(names), keepdims=True))
+def _mean(x: Array, names: Axes) -> Array:
+    """Mean over the axes that are not batch axes, which are kept with size 1."""
+    return jnp.mean(x, axis=_inner(names), keepdims=True)
