@@ -21,6 +21,15 @@ from switchx.moe.layer import MoeConfig
 
 SUPPORTED = ("t5", "mt5", "switch_transformers")
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
+# What is computed with before a ModelConfig checks it.
+_COUNTS = (
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_sparse_step",
+    "decoder_sparse_step",
+    "num_sparse_encoder_layers",
+    "num_sparse_decoder_layers",
+)
 _INDEX = "model.safetensors.index.json"
 _PICKLE = "pytorch_model.bin"
 
@@ -85,6 +94,9 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
     kind = found.get("model_type")
     if kind not in SUPPORTED:
         raise UserError(f"{source} holds a {kind!r} model; supported are {', '.join(SUPPORTED)}")
+    for key in _COUNTS:
+        if found.get(key) is not None and type(found[key]) is not int:  # no bool
+            raise UserError(f"{source}/config.json: {key} = {found[key]!r} should be an integer")
     try:
         depth = found["num_layers"]
         decoder_depth = found.get("num_decoder_layers") or depth
@@ -137,11 +149,13 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
 def _activations(found: Mapping[str, Any], source: str) -> tuple[str, ...]:
     """('relu',) or, gated, ('gelu', 'linear'), from the fields of either version."""
     projection = found.get("feed_forward_proj", found.get("dense_act_fn", "relu"))
+    if not isinstance(projection, str):
+        raise UserError(f"{source}/config.json: {projection!r} is no activation's name")
     gated = found.get("is_gated_act", projection.startswith("gated-"))
     name = found.get("dense_act_fn", projection.removeprefix("gated-"))
     if projection == "gated-gelu":
         name = "gelu_new"  # as transformers reads it, for compatibility with old checkpoints
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UserError(
             f"{source}/config.json: activation {name!r} is not supported; "
             f"supported are {', '.join(_ACTIVATIONS)}"

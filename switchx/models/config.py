@@ -149,7 +149,8 @@ class ModelConfig:
             else:
                 first = start[self.sparse_layout]
                 explicit = range(first, first + count)
-        return tuple(layer in set(explicit) for layer in range(depth))
+        sparse = set(explicit)
+        return tuple(layer in sparse for layer in range(depth))
 
     @property
     def num_params(self) -> int:
