@@ -14,7 +14,7 @@ import numpy as np
 from switchx.errors import UserError
 from switchx.interop import rules
 from switchx.interop.rules import Rule
-from switchx.models.config import ModelConfig
+from switchx.models.config import MAX_LAYERS, ModelConfig
 from switchx.models.stacking import stack_layers
 from switchx.models.t5 import T5
 from switchx.moe.layer import MoeConfig
@@ -95,8 +95,12 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
     if kind not in SUPPORTED:
         raise UserError(f"{source} holds a {kind!r} model; supported are {', '.join(SUPPORTED)}")
     for key in _COUNTS:
-        if found.get(key) is not None and type(found[key]) is not int:  # no bool
-            raise UserError(f"{source}/config.json: {key} = {found[key]!r} should be an integer")
+        value = found.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value <= MAX_LAYERS):
+            raise UserError(
+                f"{source}/config.json: {key} = {value!r} should be an integer, at most "
+                f"{MAX_LAYERS}"
+            )
     try:
         depth = found["num_layers"]
         decoder_depth = found.get("num_decoder_layers") or depth
