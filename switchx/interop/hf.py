@@ -64,6 +64,7 @@ def load(path: str | pathlib.Path, *, scan_layers: bool = False, dtype: str = "f
     """
     folder = pathlib.Path(path)
     found = _read_json(folder / "config.json")
+    _check_kind(found, str(folder))
     arrays = _read_arrays(folder)
     config = model_config(found, tied="lm_head.weight" not in arrays, source=str(folder))
     embedding, copies = _embedding(arrays, str(folder))
@@ -91,9 +92,7 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
     Raises:
       UserError: not a T5 or Switch model, or a value without counterpart.
     """
-    kind = found.get("model_type")
-    if kind not in SUPPORTED:
-        raise UserError(f"{source} holds a {kind!r} model; supported are {', '.join(SUPPORTED)}")
+    kind = _check_kind(found, source)
     for key in _COUNTS:
         value = found.get(key)
         if value is not None and (type(value) is not int or not 0 <= value <= MAX_LAYERS):
@@ -148,6 +147,13 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
         dropout_rate=found.get("dropout_rate", 0.1),
         **moe,
     )
+
+
+def _check_kind(found: Mapping[str, Any], source: str) -> str:
+    kind = found.get("model_type")
+    if kind not in SUPPORTED:
+        raise UserError(f"{source} holds a {kind!r} model; supported are {', '.join(SUPPORTED)}")
+    return kind
 
 
 def _activations(found: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -278,7 +284,7 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
         index = _read_json(folder / _INDEX).get("weight_map")
         if not isinstance(index, dict):
             raise UserError(f"{folder / _INDEX} has no weight_map")
-        names = sorted(set(index.values()))
+        names = sorted(set(map(str, index.values())))
     elif list(folder.glob(f"{_PICKLE}*")):
         raise UserError(
             f"{folder} holds pickled weights only, and unpickling runs code; write it again as "
@@ -288,7 +294,7 @@ def _read_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
         raise UserError(f"{folder} holds no model.safetensors and no {_INDEX}")
     arrays: dict[str, np.ndarray] = {}
     for name in names:
-        if not isinstance(name, str) or pathlib.Path(name).name != name:
+        if name == ".." or pathlib.Path(name).name != name:
             raise UserError(f"{folder / _INDEX}: {name!r} is not a file of this folder")
         arrays |= _read_safetensors(folder / name)
     return arrays
