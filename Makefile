@@ -3,13 +3,19 @@ PYTHON ?= python3
 GIN_FILE ?= gin_configs/switch_tiny.gin
 ARGS ?=
 
-.PHONY: train test lint clean
+KILLS ?= 100
+SEED ?= 1
+
+.PHONY: train test faults lint clean
 
 train: .venv/installed
 	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
 
 test: .venv/installed
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+faults: .venv/installed
+	.venv/bin/python -m tests.e2e.faults --kills=$(KILLS) --seed=$(SEED)
 
 lint: .venv/installed
 	.venv/bin/pre-commit run --all-files

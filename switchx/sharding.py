@@ -49,8 +49,6 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
       UserError: unknown axis, more than one -1, or sizes whose product is not the device count.
     """
     devices = list(jax.devices() if devices is None else devices)
-    if not shape:
-        raise UserError("MESH = {}: name an axis, as in {'data': -1}, which takes every device")
     for name in shape:
         if name not in MESH_AXES:
             raise UserError(f"MESH: unknown axis {name!r}{closest(name, MESH_AXES)}")

@@ -328,7 +328,7 @@ CASES |= {
     "negative seed": ([TINY, "--gin.RANDOM_SEED=-1"], ["seed = -1"]),
     "samples of no tokens": ([TINY, "--gin.Experiment.sample_length=0"], ["sample_length"]),
     # Devices
-    "empty mesh": ([TINY, "--gin.MESH={}"], ["MESH = {}", "'data': -1"]),
+    "empty mesh": ([TINY, "--gin.MESH={}"], ["mesh = {}", "'data': -1"]),
     "mesh that is a list": ([TINY, "--gin.MESH=[1]"], ["mesh = [1]", "dict"]),
     "mesh axis of no device": ([TINY, "--gin.MESH={'data': 0}"], ["MESH", "positive"]),
     "model wider than the machine": (
