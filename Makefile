@@ -3,7 +3,10 @@ PYTHON ?= python3
 GIN_FILE ?= gin_configs/switch_tiny.gin
 ARGS ?=
 
-.PHONY: train test golden lint clean
+KILLS ?= 100
+SEED ?= 1
+
+.PHONY: train test golden faults lint clean
 
 train: .venv/installed
 	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
@@ -14,6 +17,10 @@ test: .venv/installed
 # Writes tests/golden again, after a change that is meant to change it; read the diff.
 golden: .venv/installed
 	.venv/bin/python -m pytest tests/test_golden.py --update_golden
+
+# Faults done to small runs, compared bit for bit with a run left alone: docs/faults.md.
+faults: .venv/installed
+	.venv/bin/python -m tests.e2e.faults --kills=$(KILLS) --seed=$(SEED)
 
 lint: .venv/installed
 	.venv/bin/pre-commit run --all-files

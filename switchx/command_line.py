@@ -1,5 +1,6 @@
 """How a script ends: one line and an exit code instead of a traceback, for all a user can mend."""
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ def run(main: Callable[[], Any]) -> None:
     Exits with 2 after a one-line message for anything the user can mend, and with 128 + n when
     signal n ended the work.
     """
+    # Scripts let the system end them while they import; from here an interrupt is one line.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except UserError as error:

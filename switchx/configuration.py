@@ -7,8 +7,10 @@ a binding that nothing uses, a macro bound twice in one file, a string where quo
 
 import argparse
 import ast
+import io
 import pathlib
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -136,6 +138,8 @@ def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[st
     if file in within:
         raise UserError(f"{asked}: the file would include itself")
     found = next((path for root in roots if (path := pathlib.Path(root, file)).is_file()), None)
+    if found is None and any(pathlib.Path(root, file).is_dir() for root in roots):
+        raise UserError(f"{asked}: a folder; give one of the .gin files in it")
     if found is None:
         folder = pathlib.Path(file).parent
         siblings = {
@@ -148,6 +152,7 @@ def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[st
         text = found.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError(f"{asked}: not a text file") from None
+    _check_ends(file, text)
     first_line: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
         if match := _INCLUDE.match(line):
@@ -163,11 +168,27 @@ def _check_file(file: str, roots: Sequence[str], asked: str, within: Sequence[st
             first_line[name] = number
 
 
+def _check_ends(file: str, text: str) -> None:
+    """Check that every bracket and string that is opened is closed: gin does not say where."""
+    try:
+        for _ in tokenize.generate_tokens(io.StringIO(text).readline):
+            pass
+    except tokenize.TokenError as error:
+        message, (line, _) = error.args
+        raise UserError(
+            f"{file}:{line}: {message}; close the bracket or the quotes that were opened above"
+        ) from None
+    except IndentationError as error:
+        raise UserError(f"{file}:{error.lineno}: {error.msg}") from None
+
+
 def _quote(binding: str) -> str:
     """Quote the value of NAME=VALUE if it can only be meant as a string."""
     name, value = (part.strip() for part in binding.split("=", 1))
     if not re.fullmatch(r"[A-Za-z_][\w./]*", name):
         raise UserError(f"--gin.{binding}: {name!r} is no name; write --gin.NAME=VALUE")
+    if re.fullmatch(r"[+-]?(nan|inf|infinity)", value, re.IGNORECASE):
+        raise UserError(f"--gin.{binding}: give a finite number")
     if (
         value.startswith(("@", "%"))
         or re.search(r"[@%]\w", value)
@@ -219,6 +240,18 @@ def _explain(error: Exception) -> str:
     """One line out of gin's message, with the mend where it can be found."""
     text = " ".join(str(error).split())
     where = _where(text)
+    if isinstance(error, RecursionError):
+        return "a macro refers to itself, directly or through another; give it a value"
+    if match := re.search(r"Failed to parse token '(.*?)' \((.+), line (\d+)\)", text):
+        return f"{match[2]}:{match[3]}: {match[1]} is no value; put strings in quotes"
+    if isinstance(error, SyntaxError):
+        line = (error.text or "").strip()
+        reason = (error.msg or "cannot be parsed").rstrip(".")
+        return f"{error.filename}:{error.lineno}: {reason} {line!r}; write NAME = VALUE"
+    if match := re.search(r"No module named '([\w.]+)'", text):
+        return f"there is no module {match[1]!r} to import{where}"
+    if match := re.search(r"No configurable matching reference '([^']+)'", text):
+        return f"there is nothing called {match[1]!r} to refer to{where}"
     if match := re.search(
         r"Configurable '?([\w.]+)'? doesn't have a parameter named '(\w+)'", text
     ):

@@ -100,6 +100,7 @@ class Experiment:
             check_range(self, field, getattr(self, field) >= 0, "0 or more")
         check_choice(self, "on_nonfinite", ("stop", "skip"))
         check_range(self, "model_dir", bool(self.model_dir), "a path")
+        check_range(self, "mesh", bool(self.mesh), "one axis or more, as in {'data': -1}")
         if self.initial_optimizer and self.initial_checkpoint_path is None:
             raise UserError("Experiment.initial_optimizer needs INITIAL_CHECKPOINT_PATH")
 

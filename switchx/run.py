@@ -1,6 +1,7 @@
 """`train`: an `Experiment` becomes a run directory."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -48,6 +49,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     """
     mesh = sharding.make_mesh(experiment.mesh)
     check_fits(experiment, mesh)
+    memory.check_parameters(experiment.model)
     directory = RunDirectory(experiment.model_dir)
     try:
         directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
@@ -169,32 +171,36 @@ class _Run:
 
     def _train(self, state: TrainState, compiled: Any, stop: StopSignals) -> None:
         experiment, directory = self.experiment, self.directory
-        try:
-            train_loop(
-                state,
-                compiled,
-                self.batches,
-                last_step=experiment.train_steps,
-                reporter=self.progress,
-                hooks=[
-                    Hook(experiment.eval_period, self._evaluate),
-                    Hook(experiment.checkpoint_period, self._save),
-                ],
-                save=self._save,
-                stop=stop,
-            )
-            self.checkpointer.close()
-            directory.set_done(True)
-        except Interrupted as interrupted:
-            self.checkpointer.wait()
-            self.progress.close()
-            print(f"{interrupted}; saved in {directory.path}. Run the same command to go on.")
-            raise
-        finally:
-            self.progress.close()
-            self.batches.close()
-            self.writer.close()
-            self.samples.close()
+        with contextlib.ExitStack() as opened:
+            # Each is closed whatever the others raise: a full disk fails at closing, too.
+            for part in (self.samples, self.writer, self.batches, self.progress):
+                opened.callback(part.close)
+            try:
+                train_loop(
+                    state,
+                    compiled,
+                    self.batches,
+                    last_step=experiment.train_steps,
+                    reporter=self.progress,
+                    hooks=[
+                        Hook(experiment.eval_period, self._evaluate),
+                        Hook(experiment.checkpoint_period, self._save),
+                    ],
+                    save=self._save,
+                    stop=stop,
+                )
+                self.checkpointer.close()
+                directory.set_done(True)
+            except Interrupted as interrupted:
+                self.checkpointer.wait()
+                self.progress.close()
+                print(f"{interrupted}; saved in {directory.path}. Run the same command to go on.")
+                raise
+            except Exception:
+                # Whatever ended training, the save that it found under way is finished.
+                with contextlib.suppress(UserError):
+                    self.checkpointer.wait()
+                raise
 
     # Building -------------------------------------------------------------------------------
 

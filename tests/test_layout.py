@@ -83,6 +83,14 @@ def test_importing_switchx_imports_no_tensorflow():
     assert found.stdout.strip() == "[]"
 
 
+def test_nothing_asks_for_the_wall_clock():
+    # It may jump; DONE's text is for people. Rates are measured by the monotonic clock.
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert ast.unparse(node) not in ("time.time", "time.time_ns", "datetime.now"), path
+
+
 def test_scripts_are_short():
     scripts = sorted((ROOT / "scripts").glob("*.py"))
     assert scripts

@@ -1,7 +1,8 @@
-"""Every mistake a user makes at the command line: one line, exit code 2, no traceback.
+"""Every mistake a user makes: one line, exit code 2, no traceback, nothing saved is touched.
 
 The cases run in one process without pytest's type-checking hooks, through the same entry point
-as `scripts/train.py`.
+as `scripts/train.py`; those that begin with `hf.load` give a folder to the reader of Hugging
+Face checkpoints.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ DRIVER = """
 import contextlib, io, json, sys
 from switchx import configuration
 from switchx.experiment import Experiment
+from switchx.interop import hf
 from switchx.run import train
 
 results = []
@@ -32,7 +34,11 @@ for arguments in json.load(sys.stdin):
     error, code = io.StringIO(), 0
     with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
         try:
-            configuration.main(Experiment, train, "")
+            if arguments[:1] == ["hf.load"]:
+                sys.argv[1:] = ["--gin_file=gin_configs/switch_tiny.gin"]
+                configuration.main(Experiment, lambda *_: hf.load(arguments[1]), "")
+            else:
+                configuration.main(Experiment, train, "")
         except SystemExit as exit:
             code = exit.code
         except BaseException as escaped:
@@ -85,6 +91,58 @@ FILES = {
         include 'gin_configs/switch_tiny.gin'
         include 'gin_configs/data/text_file.gin'
         tasks.FileTask.objective = 'supervised'
+        """
+    ),
+}
+FILES |= {
+    "bracket.gin": "include 'gin_configs/switch_tiny.gin'\nMESH = {'data': 1\n",
+    "bare_word.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = five\n",
+    "no_equals.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS 5\n",
+    "import.gin": "include 'gin_configs/switch_tiny.gin'\nimport switchx.modles\n",
+    "reference.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = @steps()\n",
+    "itself.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = %TRAIN_STEPS\n",
+    "short.txt": "one line only\n",
+    "binary.txt": "\x00\x01\x02" * 99,
+    "not_gzip.txt.gz": "plain text",
+    "table.tsv": "question\tanswer\na\tb\n",
+    "no_text.jsonl": '{"inputs": "a"}\n' * 50,
+    "fake.model": "no sentencepiece model",
+    "mixture.gin": textwrap.dedent(
+        """
+        from __gin__ import dynamic_registration
+        from switchx.data import mixtures
+        from switchx.data import pipeline
+        include 'gin_configs/switch_tiny.gin'
+        MIXTURE_OR_TASK_NAME = 'mine'
+        pipeline.DataConfig.tasks = [@mixtures.Mixture()]
+        mixtures.Mixture.name = 'mine'
+        mixtures.Mixture.tasks = ['wn_defin']
+        """
+    ),
+    "twins.gin": textwrap.dedent(
+        """
+        from __gin__ import dynamic_registration
+        from switchx.data import pipeline
+        from switchx.data import tasks
+        include 'gin_configs/switch_tiny.gin'
+        include 'gin_configs/data/text_file.gin'
+        pipeline.DataConfig.tasks = [@tasks.FileTask(), @tasks.FileTask()]
+        """
+    ),
+    "tfds.gin": textwrap.dedent(
+        """
+        from __gin__ import dynamic_registration
+        from switchx.data import pipeline
+        from switchx.data import tasks
+        include 'gin_configs/switch_tiny.gin'
+        MIXTURE_OR_TASK_NAME = 'rte'
+        pipeline.DataConfig.tasks = [@tasks.TfdsTask()]
+        pipeline.DataConfig.tfds_data_dir = '{tmp}'
+        tasks.TfdsTask.name = 'rte'
+        tasks.TfdsTask.tfds_name = 'glue/rte:2.0.0'
+        tasks.TfdsTask.objective = 'supervised'
+        tasks.TfdsTask.inputs_fields = ['sentence1', 'sentence2']
+        tasks.TfdsTask.targets_field = 'label'
         """
     ),
 }
@@ -217,19 +275,218 @@ CASES = {
 }
 
 
+TEXT = "--gin_file={tmp}/text.gin"
+HF_CONFIG = {
+    "model_type": "t5",
+    "vocab_size": 16,
+    "d_model": 4,
+    "d_ff": 4,
+    "num_heads": 2,
+    "d_kv": 2,
+    "num_layers": 1,
+}
+CASES |= {
+    # Configurations
+    "folder for a configuration": (["--gin_file=gin_configs"], ["gin_configs: a folder"]),
+    "bracket left open": (["--gin_file={tmp}/bracket.gin"], ["bracket.gin:3", "close"]),
+    "string without quotes": (
+        ["--gin_file={tmp}/bare_word.gin"],
+        ["bare_word.gin:2", "five", "quotes"],
+    ),
+    "no equals sign": (["--gin_file={tmp}/no_equals.gin"], ["no_equals.gin:2", "NAME = VALUE"]),
+    "import of nothing": (["--gin_file={tmp}/import.gin"], ["switchx.modles", "import.gin:2"]),
+    "reference to nothing": (["--gin_file={tmp}/reference.gin"], ["@steps()", "reference.gin:2"]),
+    "macro of itself": (["--gin_file={tmp}/itself.gin"], ["macro refers to itself"]),
+    "learning rate that is not a number": (
+        [TINY, "--gin.LEARNING_RATE=nan"],
+        ["LEARNING_RATE=nan", "finite"],
+    ),
+    "infinite dropout": ([TINY, "--gin.DROPOUT_RATE=-inf"], ["DROPOUT_RATE=-inf", "finite"]),
+    "empty value": ([TINY, "--gin.TRAIN_STEPS="], ["train_steps", "''"]),
+    "negative learning rate": ([TINY, "--gin.LEARNING_RATE=-1"], ["learning_rate = -1"]),
+    "negative clipping": ([TINY, "--gin.OptimizerConfig.clip_norm=-1"], ["clip_norm = -1"]),
+    "negative warm-up": ([TINY, "--gin.OptimizerConfig.warmup_steps=-5"], ["warmup_steps = -5"]),
+    "weight decay of Adafactor": (
+        [TINY, "--gin.OptimizerConfig.weight_decay=0.1"],
+        ["weight_decay", "adamw"],
+    ),
+    "cosine without an end": (
+        [TINY, "--gin.OptimizerConfig.schedule=cosine"],
+        ["decay_steps", "cosine"],
+    ),
+    "no slots": ([TINY, "--gin.MoeConfig.expert_capacity=0"], ["expert_capacity = 0"]),
+    "misspelt group size": ([TINY, "--gin.MoeConfig.group_size=rows"], ["'rows'", "'row'"]),
+    "group size that divides nothing": (
+        [TINY, "--gin.MoeConfig.group_size=7"],
+        ["group_size = 7", "what fits: row, 128"],
+    ),
+    "no activation": ([TINY, "--gin.ModelConfig.activations=()"], ["activations"]),
+    "odd position buckets": (
+        [TINY, "--gin.ModelConfig.relative_attention_num_buckets=7"],
+        ["relative_attention_num_buckets = 7", "multiple of 4"],
+    ),
+    "negative seed": ([TINY, "--gin.RANDOM_SEED=-1"], ["seed = -1"]),
+    "samples of no tokens": ([TINY, "--gin.Experiment.sample_length=0"], ["sample_length"]),
+    # Devices
+    "empty mesh": ([TINY, "--gin.MESH={}"], ["mesh = {}", "'data': -1"]),
+    "mesh that is a list": ([TINY, "--gin.MESH=[1]"], ["mesh = [1]", "dict"]),
+    "mesh axis of no device": ([TINY, "--gin.MESH={'data': 0}"], ["MESH", "positive"]),
+    "model wider than the machine": (
+        [TINY, "--gin.ModelConfig.d_model=100000000"],
+        ["parameters", "GiB", "are free", "d_model"],
+    ),
+    "more experts than the machine holds": (
+        [TINY, "--gin.NUM_EXPERTS=100000000"],
+        ["parameters", "GiB", "num_experts"],
+    ),
+    "more layers than any model": (
+        [TINY, "--gin.ModelConfig.num_encoder_layers=1000000"],
+        ["num_encoder_layers = 1000000", "10000"],
+    ),
+    "64 bits that are not enabled": (
+        [TINY, "--gin.ModelConfig.dtype=float64"],
+        ["float64", "JAX_ENABLE_X64"],
+    ),
+    # Data
+    "targets too short": (
+        [TINY, "--gin.TASK_FEATURE_LENGTHS={'inputs': 128, 'targets': 10}"],
+        ["'targets': 10", "set 'targets': 29"],
+    ),
+    "length that is no number": (
+        [TINY, "--gin.TASK_FEATURE_LENGTHS={'inputs': 'a', 'targets': 9}"],
+        ["task_feature_lengths", "'a'"],
+    ),
+    "too much noise": ([TINY, "--gin.DataConfig.noise_density=2.0"], ["noise_density = 2.0"]),
+    "vocabulary file that is none": (
+        [TINY, "--gin.DataConfig.vocabulary={tmp}/fake.model"],
+        ["fake.model"],
+    ),
+    "less data than a batch": ([TEXT, "--gin.TEXT_FILES={tmp}/short.txt"], ["short.txt"]),
+    "folder for a data file": ([TEXT, "--gin.TEXT_FILES={tmp}"], ["{tmp}"]),
+    "data that is no text": ([TEXT, "--gin.TEXT_FILES={tmp}/latin.txt"], ["latin.txt"]),
+    "plain text called .gz": ([TEXT, "--gin.TEXT_FILES={tmp}/not_gzip.txt.gz"], ["not_gzip"]),
+    "unknown extension": ([TEXT, "--gin.TEXT_FILES={tmp}/text.gin"], ["text.gin"]),
+    "rows without text": ([TEXT, "--gin.TEXT_FILES={tmp}/no_text.jsonl"], ["no_text", "text"]),
+    "table without the column": (
+        ["--gin_file={tmp}/supervised.gin", "--gin.TEXT_FILES={tmp}/table.tsv"],
+        ["table.tsv", "inputs", "question"],
+    ),
+    "mixture of a task that is none": (["--gin_file={tmp}/mixture.gin"], ["wn_defin"]),
+    "two tasks of one name": (
+        ["--gin_file={tmp}/twins.gin", "--gin.TEXT_FILES={tmp}/short.txt"],
+        ["text_file", "rename"],
+    ),
+    "data set that is not prepared": (["--gin_file={tmp}/tfds.gin"], ["glue/rte"]),
+    # Run directories and checkpoints
+    "directory without a name": ([TINY, "--gin.MODEL_DIR="], ["model_dir", "path"]),
+    "directory that cannot be made": ([TINY, "--gin.MODEL_DIR=/proc/x"], ["MODEL_DIR", "/proc/x"]),
+    "directory whose config.json is none": (
+        [TINY, "--gin.MODEL_DIR={tmp}/no_json"],
+        ["no_json/config.json", "not JSON"],
+    ),
+    "checkpoints of unknown origin": (
+        [TINY, "--gin.MODEL_DIR={tmp}/unknown"],
+        ["unknown", "without a config.json"],
+    ),
+    "complete run without checkpoints": (
+        [TINY, "--gin.MODEL_DIR={tmp}/gone"],
+        ["gone", "checkpoints are gone"],
+    ),
+    "run without a good checkpoint": (
+        [TINY, "--gin.MODEL_DIR={tmp}/damaged"],
+        ["damaged/checkpoints", "step 7", "params/array has 4 bytes instead of 8"],
+    ),
+    "run that has parameters only": (
+        [TINY, "--gin.MODEL_DIR={tmp}/partial"],
+        ["partial/checkpoints", "step 7", "optimizer is missing"],
+    ),
+    "initial checkpoint that is damaged": (
+        [TINY, "--gin.INITIAL_CHECKPOINT_PATH={tmp}/damaged"],
+        ["checkpoints/7 is damaged", "params/array"],
+    ),
+    "initial checkpoint that is a file": (
+        [TINY, "--gin.INITIAL_CHECKPOINT_PATH={tmp}/short.txt"],
+        ["INITIAL_CHECKPOINT_PATH", "short.txt"],
+    ),
+    "initial checkpoint that is nothing orbax wrote": (
+        [TINY, "--gin.INITIAL_CHECKPOINT_PATH={tmp}/unknown"],
+        ["unknown/checkpoints/7", "cannot be read"],
+    ),
+    # Hugging Face folders
+    "Hugging Face folder that is none": (["hf.load", "{tmp}/nowhere"], ["nowhere", "folder"]),
+    "Hugging Face folder that is a run": (["hf.load", "{tmp}/other"], ["other", "supported"]),
+    "configuration of another model": (["hf.load", "{tmp}/bert"], ["'bert'", "t5"]),
+    "configuration without a width": (["hf.load", "{tmp}/no_width"], ["config.json", "'d_model'"]),
+    "configuration with half a layer": (
+        ["hf.load", "{tmp}/half"],
+        ["config.json", "num_layers = 1.5", "integer"],
+    ),
+    "configuration with a nameless activation": (
+        ["hf.load", "{tmp}/nameless"],
+        ["config.json", "7", "activation"],
+    ),
+    "pickled weights": (["hf.load", "{tmp}/pickled"], ["pickled", "safetensors"]),
+    "no weights": (["hf.load", "{tmp}/weightless"], ["weightless", "model.safetensors"]),
+    "weights cut off": (["hf.load", "{tmp}/cut"], ["cut/model.safetensors"]),
+    "shard outside the folder": (["hf.load", "{tmp}/outside"], ["'../model.safetensors'"]),
+    "shard that is missing": (["hf.load", "{tmp}/shardless"], ["model-00001.safetensors"]),
+}
+
+
+def write_folders(folder: pathlib.Path) -> None:
+    """Run directories and Hugging Face folders of `CASES`."""
+
+    def write(path: str, content: str) -> None:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content.replace("{tmp}", str(folder)))
+
+    experiment = configuration.build(Experiment, ["gin_configs/switch_tiny.gin"])
+    config = json.dumps(dataclasses.asdict(experiment))
+    for name in ("other", "gone", "damaged", "partial"):
+        write(f"{name}/config.json", config)
+    write("no_json/config.json", "{")
+    write("gone/DONE", "")
+    for name in ("unknown", "damaged", "partial"):
+        write(f"{name}/checkpoints/7/params/array", "half")
+        write(f"{name}/metrics.jsonl", '{"step": 7}\n')
+    manifest = {"array": {"bytes": 8, "sha256": ""}}
+    write("damaged/checkpoints/7/params/checksums.json", json.dumps(manifest))
+    index = "model.safetensors.index.json"
+    for name, config, files in (
+        ("bert", HF_CONFIG | {"model_type": "bert"}, {}),
+        ("no_width", {key: HF_CONFIG[key] for key in HF_CONFIG if key != "d_model"}, {}),
+        ("half", HF_CONFIG | {"num_layers": 1.5}, {}),
+        ("nameless", HF_CONFIG | {"feed_forward_proj": 7}, {}),
+        ("pickled", HF_CONFIG, {"pytorch_model.bin": "x"}),
+        ("weightless", HF_CONFIG, {}),
+        ("cut", HF_CONFIG, {"model.safetensors": "\x08"}),
+        ("outside", HF_CONFIG, {index: '{"weight_map": {"x": "../model.safetensors"}}'}),
+        ("shardless", HF_CONFIG, {index: '{"weight_map": {"x": "model-00001.safetensors"}}'}),
+    ):
+        write(f"{name}/config.json", json.dumps(config))
+        if name in ("bert", "no_width", "half", "nameless"):
+            empty = b"\x02\0\0\0\0\0\0\0{}"
+            (folder / name / "model.safetensors").write_bytes(empty)
+        for file, content in files.items():
+            write(f"{name}/{file}", content)
+    (folder / "latin.txt").write_bytes("ärger und öde\n".encode("latin-1") * 50)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, tuple[int | str, str]]:
     folder = tmp_path_factory.mktemp("mistakes")
     for name, text in FILES.items():
         (folder / name).write_text(text.replace("{tmp}", str(folder)))
-    (folder / "other").mkdir()
-    experiment = configuration.build(Experiment, ["gin_configs/switch_tiny.gin"])
-    config = json.dumps(dataclasses.asdict(experiment))
-    (folder / "other" / "config.json").write_text(config)
+    write_folders(folder)
+    before = contents(folder)
 
     def arguments(name: str) -> list[str]:
         given = [argument.replace("{tmp}", str(folder)) for argument in CASES[name][0]]
-        if not any(argument.startswith("--gin.MODEL_DIR") for argument in given):
+        if given[:1] != ["hf.load"] and not any("MODEL_DIR=" in argument for argument in given):
             given.append(f"--gin.MODEL_DIR={folder}/runs/{name.replace(' ', '_')}")
         return given if name != "no configuration" else []
 
@@ -244,6 +501,10 @@ def outcomes(tmp_path_factory) -> dict[str, tuple[int | str, str]]:
     )
     assert completed.returncode == 0, completed.stderr
     results = json.loads(completed.stdout.splitlines()[-1])
+    after = contents(folder)
+    # No case changes or removes a file, and none claims a directory.
+    assert {path: after.get(path) for path in before} == before
+    assert not [path for path in after if path not in before]
     return dict(zip(CASES, map(tuple, results), strict=True))
 
 
@@ -253,7 +514,7 @@ def test_mistake_gives_one_line_and_exit_code_2(outcomes, name):
     assert code == 2, (code, message)
     assert "Traceback" not in message
     for part in CASES[name][1]:
-        assert part in message, message
+        assert part.replace("{tmp}", "") in message, message
     lines = [line for line in message.splitlines() if "error:" in line]
     assert len(lines) == 1, message
     assert len(lines[0]) < 600

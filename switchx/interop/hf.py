@@ -14,7 +14,7 @@ import numpy as np
 from switchx.errors import UserError
 from switchx.interop import rules
 from switchx.interop.rules import Rule
-from switchx.models.config import ModelConfig
+from switchx.models.config import MAX_LAYERS, ModelConfig
 from switchx.models.stacking import stack_layers
 from switchx.models.t5 import T5
 from switchx.moe.layer import MoeConfig
@@ -22,6 +22,15 @@ from switchx.moe.layer import MoeConfig
 SUPPORTED = ("t5", "mt5", "switch_transformers")
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}
 _SAFETENSORS = "model.safetensors"
+# What is computed with before a ModelConfig checks it.
+_COUNTS = (
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_sparse_step",
+    "decoder_sparse_step",
+    "num_sparse_encoder_layers",
+    "num_sparse_decoder_layers",
+)
 _PICKLE = "pytorch_model.bin"
 
 # What a folder without a config.json of a model is, by a file in it.
@@ -104,6 +113,13 @@ def model_config(found: Mapping[str, Any], *, tied: bool, source: str) -> ModelC
       UserError: not a T5 or Switch model, or a value without counterpart.
     """
     kind = _check_kind(found, source)
+    for key in _COUNTS:
+        value = found.get(key)
+        if value is not None and (type(value) is not int or not 0 <= value <= MAX_LAYERS):
+            raise UserError(
+                f"{source}/config.json: {key} = {value!r} should be an integer, at most "
+                f"{MAX_LAYERS}"
+            )
     try:
         depth = found["num_layers"]
         decoder_depth = found.get("num_decoder_layers") or depth
@@ -164,11 +180,13 @@ def _check_kind(found: Mapping[str, Any], source: str) -> str:
 def _activations(found: Mapping[str, Any], source: str) -> tuple[str, ...]:
     """('relu',) or, gated, ('gelu', 'linear'), from the fields of either version."""
     projection = found.get("feed_forward_proj", found.get("dense_act_fn", "relu"))
+    if not isinstance(projection, str):
+        raise UserError(f"{source}/config.json: {projection!r} is no activation's name")
     gated = found.get("is_gated_act", projection.startswith("gated-"))
     name = found.get("dense_act_fn", projection.removeprefix("gated-"))
     if projection == "gated-gelu":
         name = "gelu_new"  # as transformers reads it, for compatibility with old checkpoints
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UserError(
             f"{source}/config.json: activation {name!r} is not supported; "
             f"supported are {', '.join(_ACTIVATIONS)}"
@@ -320,7 +338,7 @@ def _weight_files(folder: pathlib.Path, single: str) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map")
     for name in weight_map.values():
-        if not isinstance(name, str) or pathlib.Path(name).name != name:
+        if not isinstance(name, str) or name == ".." or pathlib.Path(name).name != name:
             raise UserError(f"{path}: {name!r} is not a file of this folder")
     return sorted(set(weight_map.values()))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -9,6 +10,8 @@ from switchx.errors import UserError, check_choice, check_range, check_types, cl
 from switchx.moe.layer import ACTIVATIONS, MoeConfig
 
 REMAT_POLICIES = ("none", "dots", "full")
+# Beyond any model there is, and what can still be counted layer by layer in no time.
+MAX_LAYERS = 10_000
 SPARSE_LAYOUTS = ("mixed", "bottom", "middle", "top")
 
 
@@ -72,17 +75,12 @@ class ModelConfig:
             value = getattr(self, field)
             if value is not None:  # lists come from JSON and gin; tuples hash
                 object.__setattr__(self, field, tuple(value))
-        for field in (
-            "vocab_size",
-            "d_model",
-            "d_ff",
-            "num_heads",
-            "head_dim",
-            "num_encoder_layers",
-            "num_decoder_layers",
-            "sparse_every",
-        ):
-            check_range(self, field, getattr(self, field) >= 1, "at least 1")
+        for field in ("vocab_size", "d_model", "d_ff", "num_heads", "head_dim", "sparse_every"):
+            value = getattr(self, field)
+            check_range(self, field, 1 <= value < 2**31, "at least 1 and below 2**31")
+        for field in ("num_encoder_layers", "num_decoder_layers"):
+            valid = 1 <= getattr(self, field) <= MAX_LAYERS
+            check_range(self, field, valid, f"at least 1 and at most {MAX_LAYERS}")
         buckets, distance = (
             self.relative_attention_num_buckets,
             self.relative_attention_max_distance,
@@ -99,9 +97,9 @@ class ModelConfig:
             distance > buckets // 2,
             f"more than half of the {buckets} buckets",
         )
-        check_range(self, "layer_norm_epsilon", self.layer_norm_epsilon > 0, "positive")
+        for field in ("layer_norm_epsilon", "init_scale"):
+            check_range(self, field, 0 < getattr(self, field) < math.inf, "positive")
         check_range(self, "dropout_rate", 0 <= self.dropout_rate < 1, "in [0, 1)")
-        check_range(self, "init_scale", self.init_scale > 0, "positive")
         check_choice(self, "sparse_layout", SPARSE_LAYOUTS)
         check_choice(self, "dtype", ("float32", "bfloat16", "float64"))
         check_choice(self, "remat", REMAT_POLICIES)
@@ -150,7 +148,8 @@ class ModelConfig:
             else:
                 first = start[self.sparse_layout]
                 explicit = range(first, first + count)
-        return tuple(layer in set(explicit) for layer in range(depth))
+        sparse = set(explicit)
+        return tuple(layer in sparse for layer in range(depth))
 
     @property
     def num_params(self) -> int:

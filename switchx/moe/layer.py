@@ -69,7 +69,8 @@ class MoeConfig:
 
     def __post_init__(self):
         check_types(self)
-        check_range(self, "num_experts", self.num_experts >= 1, "at least 1")
+        valid = 1 <= self.num_experts < 2**31
+        check_range(self, "num_experts", valid, "at least 1 and below 2**31")
         check_choice(self, "router", routing.ROUTERS)
         check_choice(self, "dispatch", DISPATCHERS)
         for field in ("capacity_factor", "eval_capacity_factor"):
@@ -85,7 +86,7 @@ class MoeConfig:
             check_range(self, "group_size", self.group_size >= 1, "a positive number of tokens")
         check_range(self, "jitter_noise", 0 <= self.jitter_noise < 1, "in [0, 1)")
         for field in ("load_balance_weight", "router_z_weight"):
-            check_range(self, field, getattr(self, field) >= 0, "0 or more")
+            check_range(self, field, 0 <= getattr(self, field) < math.inf, "0 or more")
         check_range(self, "expert_dropout_rate", 0 <= self.expert_dropout_rate < 1, "in [0, 1)")
 
     @property

@@ -1,38 +1,71 @@
 """Checkpoints: saved in the background, committed by rename, restored to any sharding."""
 
 import dataclasses
+import itertools
 import pathlib
 import re
 import shutil
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.path import atomicity
 
 from switchx.errors import UserError
+from switchx.training import checksums
 from switchx.training.state import TrainState, num_bytes
 
 BEST_METRIC = "cross_entropy"
+# The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
+ITEMS = ("params", "optimizer", "data")
+METRICS = "metrics"
+
+
+class _ItemPath(atomicity.AtomicRenameTemporaryPath):
+    """Where orbax collects the files of an item, or of a whole checkpoint, before the rename.
+
+    An item's checksums are among its files when it is renamed, and it is renamed before the
+    checkpoint is, so a checkpoint that has its name has its checksums.
+    """
+
+    async def finalize(self) -> None:
+        """Called by the thread that saves, when all files are written."""
+        if self.get_final().name in (*ITEMS, METRICS):
+            checksums.write(pathlib.Path(self.get()))
+        await super().finalize()
 
 
 class Checkpointer:
     """Checkpoints of one run under `directory`/<step>/.
 
     A checkpoint holds the items `params`, `optimizer` (optax state, step and rng) and `data` (the
-    position of the data). It appears under its final name only when it is complete; what a
-    killed run left half-written is removed here and never restored.
+    position of the data), each with the checksums of its files. It appears under its final name
+    only when it is complete; what a killed run left half-written is removed here and never
+    restored. The newest checkpoint is compared with its checksums here; one that does not hold
+    what was written is moved to `directory`/<step>.damaged with a warning that says what is
+    wrong with it, and the one before it is taken.
 
     Args:
       directory: created if missing.
       keep: how many of the latest to keep.
       keep_best: how many of those with the lowest evaluated cross-entropy to keep besides.
+
+    Raises:
+      UserError: not writable, or there are checkpoints but all of them are damaged (which
+        leaves them where they are).
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int = 3, keep_best: int = 1):
         self._directory = directory.absolute()
+        _set_aside_damaged(self._directory)
+
+        def score(metrics: dict[str, float]) -> float:
+            return -metrics[BEST_METRIC]
+
         best = policies.BestN(
-            get_metric_fn=lambda metrics: -metrics[BEST_METRIC],
+            get_metric_fn=score,
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
@@ -42,6 +75,9 @@ class Checkpointer:
                 options=ocp.CheckpointManagerOptions(
                     create=True,
                     cleanup_tmp_directories=True,
+                    temporary_path_class=_ItemPath,
+                    # Only with this are the metrics saved, and the best kept after a restart.
+                    best_fn=score,
                     preservation_policy=policies.AnyPreservationPolicy(
                         [policies.LatestN(keep), best]
                     ),
@@ -49,6 +85,8 @@ class Checkpointer:
             )
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self._directory}: {error}") from None
+        except ValueError as error:
+            raise UserError(f"cannot read the checkpoints in {self._directory}: {error}") from None
 
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -114,11 +152,7 @@ class Checkpointer:
                 ),
             )
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"checkpoint {self._directory / str(step)} cannot be read ({reason}); "
-                "remove that folder to go on from the one before it"
-            ) from error
+            raise _unreadable(self._directory / str(step), error) from error
         state = TrainState(params=restored["params"], **restored["optimizer"])
         return state, restored["data"]
 
@@ -146,8 +180,10 @@ class Checkpointer:
 
     def _intact(self) -> str:
         # From the disk: after a failed save the manager's own list is ahead of it.
-        steps = [int(entry.name) for entry in _entries(self._directory) if entry.name.isdigit()]
-        return f"step {max(steps)} is intact" if steps else "no earlier checkpoint exists"
+        checkpoints = _checkpoints(self._directory)
+        if not checkpoints:
+            return "no earlier checkpoint exists"
+        return f"step {checkpoints[0].name} is intact"
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
@@ -164,13 +200,25 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
       optimizer: whether to take the rest of the training state too.
 
     Raises:
-      UserError: no checkpoint there, or parameters of other names or shapes, naming them.
+      UserError: no checkpoint there, a damaged one, or parameters of other names or shapes,
+        naming them.
     """
     directory = find_checkpoint(pathlib.Path(path))
+    if damage := find_damage(directory, ITEMS[:2] if optimizer else ITEMS[:1]):
+        raise UserError(
+            f"checkpoint {directory} is damaged ({damage}); give another one, or a good copy of it"
+        )
     with ocp.StandardCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(directory / "params").item_metadata
-        _check_same(dict(saved.tree if hasattr(saved, "tree") else saved), abstract.params, path)
-        params = checkpointer.restore(directory / "params", abstract.params)
+        try:
+            saved = checkpointer.metadata(directory / "params").item_metadata
+            saved = dict(saved.tree if hasattr(saved, "tree") else saved)
+        except Exception as error:
+            raise _unreadable(directory, error) from error
+        _check_same(saved, abstract.params, path)
+        try:
+            params = checkpointer.restore(directory / "params", abstract.params)
+        except Exception as error:
+            raise _unreadable(directory, error) from error
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
         try:
@@ -183,6 +231,61 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         return TrainState(params=params, **rest)
 
 
+def _unreadable(checkpoint: pathlib.Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"checkpoint {checkpoint} cannot be read ({reason}); take another one")
+
+
+def find_damage(checkpoint: pathlib.Path, items: Iterable[str] = ITEMS) -> str | None:
+    """What is wrong with these items of a checkpoint, or None. Every byte of them is read.
+
+    An item without checksums, as another program writes it, is only looked for, and a warning
+    says so.
+    """
+    for item in items:
+        if not (checkpoint / item).is_dir():
+            return f"{item} is missing"
+        if damage := checksums.find_damage(checkpoint / item):
+            return damage
+        if not (checkpoint / item / checksums.MANIFEST).exists():
+            print(f"warning: {checkpoint / item} has no checksums; read unchecked", flush=True)
+    return None
+
+
+def _set_aside_damaged(directory: pathlib.Path) -> None:
+    """Rename damaged checkpoints until the newest one is good."""
+    for entry in _entries(directory):
+        if entry.is_dir() and entry.name.isdecimal() and not _entries(entry):
+            print(f"warning: {entry} is empty and no checkpoint; removed", flush=True)
+            entry.rmdir()
+    damaged: dict[pathlib.Path, str] = {}
+    good = False
+    for checkpoint in _checkpoints(directory):
+        # Before the newest good one only the metrics matter, which say which was best; a kill
+        # may have come while such a checkpoint was being deleted, and then they may be gone.
+        damage = None if good else find_damage(checkpoint)
+        if not damage and (not good or (checkpoint / METRICS / METRICS).exists()):
+            damage = checksums.find_damage(checkpoint / METRICS)
+        if damage:
+            damaged[checkpoint] = damage
+        good = good or not damage
+    if damaged and not good:
+        found = "; ".join(f"step {path.name}: {damage}" for path, damage in damaged.items())
+        raise UserError(
+            f"no checkpoint in {directory} is good ({found}); put a good copy there, or remove the "
+            "run directory to train from the beginning"
+        )
+    for checkpoint, damage in damaged.items():
+        names = (f"{checkpoint.name}.damaged{number or ''}" for number in itertools.count())
+        aside = next(path for path in map(directory.joinpath, names) if not path.exists())
+        print(
+            f"warning: checkpoint {checkpoint} is damaged ({damage}); moved to {aside.name}, "
+            "going on without it",
+            flush=True,
+        )
+        checkpoint.rename(aside)
+
+
 def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
     """The checkpoint's folder in a run directory or its checkpoints folder (the newest), or `path`.
 
@@ -193,13 +296,18 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
     if (path / "params").is_dir():
         return path
     for folder in (path / "checkpoints", path):
-        steps = [int(entry.name) for entry in _entries(folder) if entry.name.isdigit()]
-        if steps:
-            return folder / str(max(steps))
+        if checkpoints := _checkpoints(folder):
+            return checkpoints[0]
     raise UserError(
         f"INITIAL_CHECKPOINT_PATH = {str(path)!r} holds no checkpoint; "
         "give a run directory, or a step in its checkpoints folder"
     )
+
+
+def _checkpoints(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoints in a folder, newest first. An empty folder is none."""
+    found = [path for path in _entries(folder) if path.name.isdecimal() and _entries(path)]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import psutil
 
+from switchx.errors import UserError
 from switchx.models.config import ModelConfig
 from switchx.moe.layer import group_shape
 
@@ -79,6 +80,24 @@ def estimate(
         update=2 * max(map(_bytes_per_device, jax.tree.leaves(state.params))),
         activations=activations,
     )
+
+
+def check_parameters(config: ModelConfig) -> None:
+    """Check that parameters and gradients have a place, before anything is traced or allocated.
+
+    They are the least that training needs, spread over all devices.
+
+    Raises:
+      UserError: more than all devices can hold.
+    """
+    count, have = jax.device_count(), available()
+    need = 2 * 4 * config.num_params
+    if need > count * have:
+        raise UserError(
+            f"a model of {config.num_params:,} parameters needs {need / count / 2**30:,.1f} GiB on "
+            f"each of {count} device(s) for parameters and gradients alone, and "
+            f"{have / 2**30:.1f} GiB are free; lower d_model, d_ff, the layers or num_experts"
+        )
 
 
 def available() -> int:

@@ -77,7 +77,8 @@ def summarize(
       layer_names: names of the sparse layers of each stack, e.g. {"encoder": ("encoder/1",)}.
     """
     sums = jax.device_get(sums)
-    count = max(float(sums.tokens.weight), 1.0)
+    weight = float(sums.tokens.weight)
+    count = max(weight, 1.0)
     cross_entropy = float(sums.tokens.cross_entropy) / count
     z_loss = float(sums.tokens.z_loss) / count
     summary: dict[str, Any] = {
@@ -86,7 +87,7 @@ def summarize(
         "perplexity": math.exp(min(cross_entropy, 700.0)),
         "accuracy": float(sums.tokens.correct) / count,
         "z_loss": z_loss,
-        "num_targets": int(sums.tokens.weight),
+        "num_targets": int(weight) if math.isfinite(weight) else weight,
         "num_tokens": int(sums.num_tokens),
         "fill": float(sums.num_tokens) / float(sums.num_positions),
     }

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import shutil
@@ -78,6 +79,15 @@ def test_keeps_the_latest_and_the_best(plan, tmp_path):
     assert steps(tmp_path) == [2, 4, 5]
 
 
+def test_the_best_is_kept_after_a_restart(plan, tmp_path):
+    state, _ = plan
+    for step, value in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
+        checkpointer = Checkpointer(tmp_path, keep=2, keep_best=1)
+        checkpointer.save(at_step(state, step), {}, {BEST_METRIC: value})
+        checkpointer.close()
+    assert steps(tmp_path) == [2, 4, 5]
+
+
 def test_half_written_checkpoints_are_removed_and_never_restored(plan, tmp_path):
     state, abstract = plan
     checkpointer = Checkpointer(tmp_path)
@@ -138,14 +148,155 @@ def test_parameters_that_do_not_fit_are_named(plan, tmp_path):
         restore_from(str(tmp_path), wider, optimizer=False)
 
 
-def test_a_checkpoint_with_a_missing_file_is_named(plan, tmp_path):
-    state, abstract = plan
-    checkpointer = Checkpointer(tmp_path)
-    checkpointer.save(at_step(state, 4), {})
+def damage(path: pathlib.Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 4
+        path.write_bytes(content)
+    elif how == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "append":
+        path.write_bytes(content + b"x")
+    else:
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def two_steps(plan, tmp_path_factory) -> pathlib.Path:
+    state, _ = plan
+    directory = tmp_path_factory.mktemp("two") / "checkpoints"
+    checkpointer = Checkpointer(directory)
+    for step in (1, 2):
+        checkpointer.save(at_step(state, step), {"batch": step}, {BEST_METRIC: 3.0 - step})
     checkpointer.close()
-    shutil.rmtree(tmp_path / "4" / "params")
-    with pytest.raises(UserError, match=r"4 cannot be read .* remove that folder"):
-        Checkpointer(tmp_path).restore(abstract)
+    return directory
+
+
+def files(checkpoint: pathlib.Path) -> list[str]:
+    found = [path for path in checkpoint.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(checkpoint)) for path in found)
+
+
+def test_every_file_of_the_items_has_its_checksum(two_steps):
+    covered = []
+    for item in ("params", "optimizer", "data", "metrics"):
+        manifest = json.loads((two_steps / "2" / item / "checksums.json").read_text())
+        covered += [f"{item}/{name}" for name in manifest]
+    rest = {name.split("/")[-1] for name in set(files(two_steps / "2")) - set(covered)}
+    # What orbax writes with the rename itself; neither is needed to restore.
+    assert rest == {"checksums.json", "commit_success.txt", "_CHECKPOINT_METADATA"}
+    assert any("ocdbt.process_0/d" in name for name in covered)
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "append", "remove"])
+def test_whichever_file_is_damaged_the_state_restored_is_one_that_was_saved(
+    plan, two_steps, tmp_path, how, capsys
+):
+    # The files of the optimizer are of the same kinds as those of the parameters.
+    state, abstract = plan
+    names = files(two_steps / "2")
+    arrays = [name for name in names if "/d/" in name]
+    kinds = [name for name in names if name not in arrays and not name.startswith("optimizer")]
+    for number, name in enumerate([*kinds, arrays[0], arrays[-1]]):
+        directory = tmp_path / str(number)
+        shutil.copytree(two_steps, directory)
+        damage(directory / "2" / name, how)
+        restored, position = Checkpointer(directory).restore(abstract)
+        step = int(restored.step)
+        assert_equal(restored, at_step(state, step))
+        assert position == {"batch": step}
+        said = capsys.readouterr().out
+        if name.endswith(("commit_success.txt", "_CHECKPOINT_METADATA")):
+            assert step == 2
+        elif how == "remove" and name.endswith("checksums.json"):
+            assert step == 2
+            assert "no checksums" in said or name.startswith("metrics")
+        else:
+            assert step == 1, name
+            named = f"{name.split('/')[0]}/" if name.endswith("checksums.json") else name
+            assert f"checkpoint {directory / '2'} is damaged ({named}" in said
+            assert "2.damaged" in said and not (directory / "2").exists()
+            assert len(files(directory / "2.damaged")) >= len(names) - 1
+
+
+def test_a_run_goes_on_after_falling_back(plan, two_steps, tmp_path):
+    state, abstract = plan
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    for _ in range(2):
+        damage(directory / "2" / "data" / "metadata", "flip")
+        checkpointer = Checkpointer(directory)
+        checkpointer.save(at_step(state, 2), {"batch": 2})
+        checkpointer.close()
+        assert_equal(Checkpointer(directory).restore(abstract)[0], at_step(state, 2))
+    assert sorted(path.name for path in directory.iterdir()) == [
+        "1",
+        "2",
+        "2.damaged",
+        "2.damaged1",
+    ]
+
+
+def test_nothing_moves_when_no_checkpoint_is_good(plan, two_steps, tmp_path):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    damage(directory / "1" / "params" / "_METADATA", "flip")
+    shutil.rmtree(directory / "2" / "params")
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"step 2: params is missing; step 1: params/_META"
+        ) as e:
+            Checkpointer(directory)
+        assert "\n" not in str(e.value)
+    assert steps(directory) == [1, 2]
+
+
+def test_an_empty_folder_is_no_checkpoint(plan, two_steps, tmp_path, capsys):
+    state, abstract = plan
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    (directory / "6").mkdir()
+    assert_equal(restore_from(str(directory), abstract, optimizer=True), at_step(state, 2))
+    checkpointer = Checkpointer(directory)
+    assert checkpointer.latest_step() == 2
+    assert "6 is empty and no checkpoint" in capsys.readouterr().out
+    checkpointer.save(at_step(state, 6), {})
+    checkpointer.close()
+    assert Checkpointer(directory).latest_step() == 6
+
+
+def test_damaged_metrics_of_an_older_checkpoint_are_found(two_steps, tmp_path, capsys):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    (directory / "1" / "metrics" / "metrics").write_text('{"cross_e')
+    assert Checkpointer(directory).latest_step() == 2
+    assert "1.damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizer", [False, True])
+def test_another_runs_damaged_checkpoint_is_refused(plan, two_steps, tmp_path, optimizer):
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    damage(directory / "2" / "params" / "manifest.ocdbt", "flip")
+    with pytest.raises(UserError, match=r"checkpoints/2 is damaged \(params/manifest.ocdbt"):
+        restore_from(str(directory), plan[1], optimizer=optimizer)
+    assert steps(directory) == [1, 2]
+
+
+def test_a_checkpoint_without_checksums_is_read_with_a_warning(plan, two_steps, tmp_path, capsys):
+    state, abstract = plan
+    directory = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, directory)
+    for manifest in directory.rglob("checksums.json"):
+        manifest.unlink()
+    assert_equal(Checkpointer(directory).restore(abstract)[0], at_step(state, 2))
+    assert "params has no checksums" in capsys.readouterr().out
+    # What then cannot be read at all is one line.
+    (directory / "2" / "params" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(UserError, match=r"2 cannot be read"):
+        Checkpointer(directory).restore(abstract)
+    with pytest.raises(UserError, match=r"2 cannot be read"):
+        restore_from(str(directory), abstract, optimizer=False)
 
 
 def test_the_state_of_another_optimizer_is_refused(config, plan, tmp_path):

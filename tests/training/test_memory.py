@@ -1,6 +1,8 @@
 import jax
+import pytest
 
 from switchx import sharding
+from switchx.errors import UserError
 from switchx.models.t5 import T5
 from switchx.training import memory
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
@@ -58,3 +60,13 @@ def test_releasing_memory_does_no_harm(monkeypatch):
     # A C library without malloc_trim.
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     memory.release()
+
+
+def test_a_model_beyond_all_devices_is_refused_before_it_is_traced(monkeypatch):
+    config = small_config(moe=None)
+    need = 8 * config.num_params  # parameters and gradients, float32
+    monkeypatch.setattr(memory, "available", lambda: need // jax.device_count() + 1)
+    memory.check_parameters(config)
+    monkeypatch.setattr(memory, "available", lambda: need // jax.device_count() - 1)
+    with pytest.raises(UserError, match=f"{config.num_params:,} parameters needs .* are free"):
+        memory.check_parameters(config)
