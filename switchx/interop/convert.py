@@ -11,6 +11,7 @@ from switchx.errors import UserError
 from switchx.interop import hf
 from switchx.models.config import ModelConfig
 from switchx.run_directory import RunDirectory, versions
+from switchx.training import checksums
 
 
 class Converted(NamedTuple):
@@ -66,6 +67,7 @@ def _save_params(folder: pathlib.Path, params: Any) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder.absolute(), params)
+        checksums.write(folder)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
 

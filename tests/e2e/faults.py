@@ -68,16 +68,16 @@ class Activity:
         import orbax.checkpoint as ocp
 
         from switchx import run
-        from switchx.data import pipeline
+        from switchx.data import pipeline, token_batches
         from switchx.training import checkpoint, checksums
 
         self._mark("data", pipeline, "build_train")
         self._mark("data", pipeline, "build_eval")
-        self._mark("data", pipeline.Batches, "__next__")
+        self._mark("data", token_batches.TokenBatches, "__next__")
         self._mark("initialisation", run, "create_state")
         self._mark("restoring", checkpoint, "_set_aside_damaged")
         self._mark("restoring", checkpoint.Checkpointer, "restore")
-        self._mark("compilation", run._Run, "_compile")
+        self._mark("compilation", run, "compile_step")
         self._mark("training", run, "train_loop")
         self._mark("evaluation", run._Run, "_evaluate")
         self._mark("saving", checkpoint.Checkpointer, "save")
@@ -112,6 +112,7 @@ class Run:
             "--gin_file=gin_configs/data/text_file.gin",
             f"--gin.TEXT_FILES={text}",
             f"--gin.MODEL_DIR={directory}",
+            f"--gin.TOKEN_CACHE_DIR={directory.parent / 'tokens'}",
             f"--gin.TRAIN_STEPS={LAST_STEP}",
             f"--gin.CHECKPOINT_PERIOD={CHECKPOINT_PERIOD}",
             "--gin.EVAL_PERIOD=6",
@@ -343,18 +344,19 @@ def nan_batch() -> None:
 
     import numpy as np
 
-    from switchx.data import pipeline
+    from switchx.data.token_batches import TokenBatches
 
-    original = pipeline.Batches.__next__
+    original = TokenBatches.__next__
 
     def damaged(self: Any) -> Any:
         batch = original(self)
-        if self.position()["batch"] != 10:
+        position = self.position()
+        if (position["window"], position["row"]) != (0, 10 * len(batch.encoder_tokens)):
             return batch
         weights = np.full_like(batch.decoder_loss_weights, np.nan)
         return dataclasses.replace(batch, decoder_loss_weights=weights)
 
-    pipeline.Batches.__next__ = damaged
+    TokenBatches.__next__ = damaged
 
 
 class Reference(Run):
@@ -605,8 +607,6 @@ def main() -> None:
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
         import switchx.configuration
-        import switchx.data.backend
-        import switchx.data.registry
         import switchx.run  # noqa: F401
 
         write_text(folder / "text.txt")

@@ -110,7 +110,6 @@ def test_data_that_vanished_is_named_and_once_back_the_run_goes_on(report):
     assert_exact(back)
 
 
-@pytest.mark.xfail(strict=False, reason="a data position does not yet say which data it is of")
 def test_data_that_changed_between_is_refused_and_once_back_the_run_goes_on(report):
     changed, back = outcomes(report, "data_changes_between")
     assert_refused(changed, "data")
