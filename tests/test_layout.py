@@ -84,8 +84,8 @@ def test_importing_switchx_imports_no_tensorflow():
 
 
 def test_nothing_asks_for_the_wall_clock():
-    # It may jump; DONE's text is for people. Rates are measured by the monotonic clock.
-    for path in MODULES:
+    # It may jump. Rates are measured by the monotonic clock; TensorBoard's events have the time.
+    for path in set(MODULES) - {PACKAGE / "training" / "metrics.py"}:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 assert ast.unparse(node) not in ("time.time", "time.time_ns", "datetime.now"), path

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import pathlib
 import re
 import shutil
@@ -21,6 +22,13 @@ BEST_METRIC = "cross_entropy"
 # The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
 ITEMS = ("params", "optimizer", "data")
 METRICS = "metrics"
+# Seconds. Orbax gives up a save by the wall clock, which may be set while it saves.
+_FOREVER = 1000 * 365 * 86400
+
+# Orbax logs the traceback of an error in a thread, and raises it, too: once is enough.
+logging.getLogger("absl").addFilter(
+    lambda record: not (record.exc_info and "orbax" in record.pathname)
+)
 
 
 class _ItemPath(atomicity.AtomicRenameTemporaryPath):
@@ -76,6 +84,7 @@ class Checkpointer:
                     create=True,
                     cleanup_tmp_directories=True,
                     temporary_path_class=_ItemPath,
+                    async_options=ocp.options.AsyncOptions(timeout_secs=_FOREVER),
                     # Only with this are the metrics saved, and the best kept after a restart.
                     best_fn=score,
                     preservation_policy=policies.AnyPreservationPolicy(

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +12,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # type: ignore[attr-defined]
+from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[attr-defined]
+from tensorboardX.summary import scalar
 
 from switchx.models.config import ModelConfig
 from switchx.moe.assignment import RouterStats
@@ -146,20 +151,29 @@ class MetricsWriter:
 
     def __init__(self, directory: pathlib.Path, *, last_step: int):
         self._rows = JsonLines(directory / "metrics.jsonl", last_step=last_step)
-        self._tensorboard = SummaryWriter(
-            str(directory), purge_step=last_step + 1 if last_step else None, max_queue=100
-        )
+        # Not SummaryWriter: its thread dies of a full disk or of a clock that is set back, and
+        # then training waits for it without end.
+        self._events = EventsWriter(str(directory / "events"), f".{os.getpid()}")
+        if last_step:
+            start = SessionLog(status=SessionLog.START)
+            self._write_event(Event(step=last_step + 1, session_log=start))
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Write one row: `split` is "train" or "eval/<task>"."""
         self._rows.write({"step": step, "split": split, **values})
-        for name, value in _flatten(values):
-            self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        scalars = (scalar(f"{split}/{name}", value) for name, value in _flatten(values))
+        summary = Summary(value=[value for each in scalars for value in each.value])
+        self._write_event(Event(step=step, summary=summary))
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Close both."""
         self._rows.close()
-        self._tensorboard.close()
+        self._events.close()
+
+    def _write_event(self, event: Event) -> None:
+        event.wall_time = time.time()  # what TensorBoard shows beside the steps
+        self._events.write_event(event)
+        self._events.flush()
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -107,3 +107,26 @@ def test_rows_and_tensorboard_hold_the_same_numbers(tmp_path):
         "train/expert_load/encoder/1/0": (3, 0.25),
         "train/expert_load/encoder/1/1": (3, 0.75),
     }
+
+
+def test_a_resumed_run_hides_the_steps_it_does_again_from_tensorboard(tmp_path, monkeypatch):
+    for last_step in (0, 2):
+        monkeypatch.setattr("switchx.training.metrics.os.getpid", lambda pid=last_step: pid)
+        writer = MetricsWriter(tmp_path, last_step=last_step)
+        writer.write(3, "train", {"loss": 2.5})
+        writer.close()
+    first, second = sorted(tmp_path.glob("events.out.*"), key=lambda path: path.suffix)
+    assert [event.session_log.status for event in events(first)] == [0, 0]
+    start = [(event.step, event.session_log.status) for event in events(second)][1]
+    assert start == (3, 1)  # SessionLog.START
+
+
+def test_a_clock_that_is_set_back_stops_no_row(tmp_path, monkeypatch):
+    hours = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr("time.time", lambda: 3600.0 * next(hours))
+    writer = MetricsWriter(tmp_path, last_step=0)
+    for step in range(300):
+        writer.write(step, "train", {"loss": 2.5})
+    writer.close()
+    (file,) = tmp_path.glob("events.out.*")
+    assert [event.step for event in events(file)][1:] == list(range(300))
