@@ -308,8 +308,8 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
         if checkpoints := _checkpoints(folder):
             return checkpoints[0]
     raise UserError(
-        f"INITIAL_CHECKPOINT_PATH = {str(path)!r} holds no checkpoint; "
-        "give a run directory, or a step in its checkpoints folder"
+        f"{str(path)!r} holds no checkpoint; INITIAL_CHECKPOINT_PATH or MODEL_DIR should be "
+        "a run directory, or a step in its checkpoints folder"
     )
 
 

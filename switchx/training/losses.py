@@ -52,7 +52,9 @@ class CrossEntropySums:
     Attributes:
       cross_entropy: Σ weight · cross-entropy, label smoothing included, z-loss not.
       z_loss: Σ weight · z_loss · logsumexp².
-      correct: Σ weight · [the first largest logit is the target's].
+      correct: Σ weight · [no logit is larger than the target's, and not all are equal]. Ties count:
+        distinct tokens hardly ever tie, and finding the first of them by argmax, which XLA does
+        not vectorise on CPU, costs more than the rest of the softmax.
       weight: Σ weight.
     """
 
@@ -293,11 +295,8 @@ def _sums(
     if off:
         others_BT = jnp.sum(logits_BTV, axis=-1) - target_logit_BT
         cross_entropy_BT -= off * others_BT
-    # Not argmax, whose reduction over pairs XLA does not vectorise: the target's logit is the first
-    # largest if it is as large as any, and larger than those before it.
-    tokens_BTV = jax.lax.broadcasted_iota(targets_BT.dtype, logits_BTV.shape, 2)
-    before_BTV = jnp.where(tokens_BTV < targets_BT[..., None], logits_BTV, -jnp.inf)
-    correct_BT = (target_logit_BT >= max_BT) & (jnp.max(before_BTV, axis=-1) < target_logit_BT)
+    uniform_BT = log_z_BT - max_BT > math.log(logits_BTV.shape[-1]) - 1e-4
+    correct_BT = (target_logit_BT >= max_BT) & ~uniform_BT
     sums = CrossEntropySums(
         cross_entropy=jnp.sum(weights_BT * cross_entropy_BT),
         z_loss=jnp.sum(weights_BT * (z_loss * jnp.square(log_z_BT))),

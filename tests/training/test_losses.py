@@ -215,12 +215,20 @@ def test_weight_zero_is_no_token(chunk_length):
     assert all(x == 0 for x in jax.tree.leaves(sums))
 
 
-def test_equal_logits_score_as_the_first_token():
+def test_equal_logits_predict_nothing():
     targets_BT = jnp.arange(V)[None] % V
     arguments = (jnp.ones((1, V, D)), jnp.zeros((V, D)), targets_BT, jnp.ones((1, V)))
     (_, sums), _ = value_and_gradients(cross_entropy, arguments, z_loss=0.0, label_smoothing=0.0)
-    assert float(sums.correct) == 1
+    assert float(sums.correct) == 0
     np.testing.assert_allclose(sums.cross_entropy, V * math.log(V), rtol=1e-6)
+
+
+def test_a_tie_of_the_largest_logits_counts():
+    head_VD = jnp.zeros((V, D)).at[:2].set(1.0)
+    targets_BT = jnp.array([[0, 1, 2]])
+    arguments = (jnp.ones((1, 3, D)), head_VD, targets_BT, jnp.ones((1, 3)))
+    (_, sums), _ = value_and_gradients(cross_entropy, arguments, z_loss=0.0, label_smoothing=0.0)
+    assert float(sums.correct) == 2
 
 
 def test_microbatches_add_up():
