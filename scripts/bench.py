@@ -1,4 +1,4 @@
-"""Measure on this machine what a training step, or the data, costs: one JSON line.
+"""Measure what a training step, the data or the loss costs on this machine: one JSON line.
 
 python scripts/bench.py train --case=A
 python scripts/bench.py data --gin_file=gin_configs/switch_base.gin --steps=200

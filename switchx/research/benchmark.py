@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from switchx import sharding
@@ -22,6 +23,7 @@ from switchx.errors import UserError, closest
 from switchx.experiment import Experiment, check_fits
 from switchx.models.t5 import T5
 from switchx.run import compile_step
+from switchx.training.losses import cross_entropy
 from switchx.training.optimizer import make_optimizer
 from switchx.training.state import create_state
 
@@ -54,7 +56,8 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
       peak_rss_mb of the process in MiB; xla_flops of a step on all devices as XLA counts them
       (None where it does not; a scan's body counts once); model_flops, three times the analytic
       forward pass; tokens_per_second of encoder and decoder together; temp_mb, what the
-      compiled step needs beside its arguments, MiB; loss after the last step; num_params.
+      compiled step needs beside its arguments, and donated_mb, what it overwrites instead of
+      allocating anew, MiB; loss after the last step; num_params.
     """
     mesh = sharding.make_mesh(experiment.mesh)
     check_fits(experiment, mesh)
@@ -89,6 +92,7 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
         "compile_seconds": round(compile_seconds, 2),
         "peak_rss_mb": peak_rss_mb(),
         "temp_mb": round(memory.temp_size_in_bytes / 2**20) if memory else None,
+        "donated_mb": round(memory.alias_size_in_bytes / 2**20) if memory else None,
         "xla_flops": flops and flops * jax.device_count(),
         "model_flops": experiment.train_flops,
         "tokens_per_second": round(
@@ -137,7 +141,57 @@ def data(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, An
     }
 
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": data}
+def loss(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, Any]:
+    """The output head and its loss, with gradients: fused in chunks, and as autodiff has it.
+
+    Args:
+      experiment: whose decoder rows, width and vocabulary to use, without padding.
+      steps: timed calls.
+      warmup: calls before those.
+
+    Returns:
+      For "fused" (`switchx.training.losses`) and "plain" (log-softmax of all logits, differentiated
+      by JAX): cpu_seconds, the median, and temp_mb, what the compiled function needs beside its
+      arguments and results, MiB.
+    """
+    model, rows, length = experiment.model, experiment.data.batch_size, experiment.lengths[1]
+    generator = np.random.default_rng(experiment.seed)
+    hidden_BTD = generator.standard_normal((rows, length, model.d_model), np.float32)
+    head_VD = generator.standard_normal((model.vocab_size, model.d_model), np.float32)
+    targets_BT = jnp.asarray(generator.integers(0, model.vocab_size, (rows, length)), jnp.int32)
+    weights_BT = jnp.ones((rows, length))
+
+    def fused(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+        z_loss = experiment.loss.z_loss
+        return cross_entropy(
+            hidden_BTD, head_VD, targets_BT, weights_BT, z_loss=z_loss, label_smoothing=0.0
+        )[0]
+
+    def plain(hidden_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, head_VD)
+        log_z_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+        target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        return jnp.sum(log_z_BT - target_BT + experiment.loss.z_loss * jnp.square(log_z_BT))
+
+    figures: dict[str, Any] = {}
+    arguments = jax.device_put((hidden_BTD * model.d_model**-0.5, head_VD))
+    for function in (fused, plain):
+        jitted = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))
+        compiled = jitted.lower(*arguments).compile()
+        cpu_seconds = []
+        for _ in range(warmup + steps):
+            start = time.process_time()
+            jax.block_until_ready(compiled(*arguments))
+            cpu_seconds.append(time.process_time() - start)
+        memory = compiled.memory_analysis()
+        figures[function.__name__] = {
+            "cpu_seconds": round(statistics.median(cpu_seconds[warmup:]), 4),
+            "temp_mb": round(memory.temp_size_in_bytes / 2**20) if memory else None,
+        }
+    return {**figures, "tokens": rows * length, "steps": steps}
+
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": data, "loss": loss}
 
 
 def peak_rss_mb() -> int:

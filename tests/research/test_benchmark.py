@@ -53,6 +53,13 @@ def test_drawing_batches_is_measured():
     assert figures["tokens_per_second"] > 0 and figures["tokens_per_cpu_second"] > 0
 
 
+def test_the_loss_is_measured_in_both_forms():
+    figures = benchmark.loss(EXPERIMENT, steps=1)
+    assert figures["tokens"] == 8 * 24
+    for form in ("fused", "plain"):
+        assert figures[form]["cpu_seconds"] > 0 and figures[form]["temp_mb"] >= 0
+
+
 def test_the_random_batch_is_whole_and_shifted_right():
     batch = benchmark._random_batch(EXPERIMENT)
     assert batch.encoder_tokens.shape == (8, 40) and batch.decoder_target_tokens.shape == (8, 24)
