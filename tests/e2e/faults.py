@@ -360,7 +360,7 @@ def jumping_clock() -> None:
 
 
 def small_files() -> None:
-    """No file may grow beyond 24 KiB, as under a quota: writing fails half-way."""
+    """No file may grow beyond 30 KiB, as under a quota: writing fails half-way."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
@@ -567,7 +567,7 @@ class Faults:
         return outcomes
 
 
-LARGEST_FILE = 24 * 2**10
+LARGEST_FILE = 30 * 2**10
 KILLS_OF_A_RUN = 10
 HELPERS = ("run", "half_run", "outcome", "differing_bits")
 FAULTS = tuple(name for name in vars(Faults) if not name.startswith("_") and name not in HELPERS)
