@@ -1,5 +1,6 @@
 """The run directory: the unit of every experiment, between training and everything after it."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -9,7 +10,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from switchx.errors import UserError
@@ -155,17 +156,31 @@ class JsonLines:
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_bytes(b"".join(kept))
             os.replace(temporary, path)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row and flush it; NaN and infinities, which JSON lacks, become null."""
+        """Append one row and flush it; NaN and infinities, which JSON lacks, become null.
+
+        Raises:
+          UserError: it cannot be written.
+        """
         text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
-        self._file.write(text + "\n")
-        self._file.flush()
+        with self._naming_the_file():
+            self._file.write(text + "\n")
+            self._file.flush()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; raises as `write` does."""
+        with self._naming_the_file():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}") from None
 
 
 def _step(line: bytes) -> int | None:

@@ -119,6 +119,14 @@ def test_rows_are_json_whatever_the_numbers(tmp_path):
     assert json.loads(text) == {"step": 1, "loss": None, "by_layer": {"a": [None, 2.0]}}
 
 
+def test_a_full_disk_names_the_file(tmp_path):
+    rows = JsonLines(tmp_path / "metrics.jsonl", last_step=0)
+    rows._file = open("/dev/full", "w")
+    for attempt in (lambda: rows.write({"step": 1}), rows.close):
+        with pytest.raises(UserError, match="metrics.jsonl: No space left on device"):
+            attempt()
+
+
 def test_versions_name_packages_and_command():
     found = versions([], {"data": 2})
     assert found["packages"]["jax"] and found["mesh"] == {"data": 2}

@@ -11,6 +11,7 @@ and samples differ.
 
 import argparse
 import collections
+import contextlib
 import ctypes
 import functools
 import json
@@ -202,10 +203,23 @@ def rows(path: pathlib.Path) -> list[dict[str, Any]]:
 # Comparison ------------------------------------------------------------------------------------
 
 
-def differing_bits(run: pathlib.Path, reference: pathlib.Path) -> int:
-    """Bits in which the last state of two runs differs, plus 1 for every row that does."""
-    with fork.Pool(1) as pool:  # reading starts JAX
-        return pool.apply(_differing_bits, (run, reference))
+class Comparison:
+    """A process that starts JAX, once, to read what runs have left."""
+
+    def __init__(self):
+        self._pipe, theirs = fork.Pipe()
+        fork.Process(target=_compare, args=(theirs,), daemon=True).start()
+
+    def differing_bits(self, run: pathlib.Path, reference: pathlib.Path) -> int:
+        """Bits in which the last state of two runs differs, plus 1 for every row that does."""
+        self._pipe.send((run, reference))
+        return self._pipe.recv()
+
+
+def _compare(pipe: Any) -> None:
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(_differing_bits(*pipe.recv()))
 
 
 def _differing_bits(run: pathlib.Path, reference: pathlib.Path) -> int:
@@ -251,7 +265,7 @@ def kill(run: Run, target: str | None, rng: random.Random, seconds: float) -> se
     deadline = time.monotonic() + seconds * rng.random()
     # Of long phases later occurrences, and later moments; short ones are over before that.
     long = target in ("saving", "evaluation", "training", "compilation", "initialisation")
-    skipped, waiting = rng.randrange(3) if target in ("saving", "evaluation") else 0, False
+    skipped, waiting = rng.randrange(2) if target in ("saving", "evaluation") else 0, False
     while run.running:
         if target is None:
             time.sleep(0.001)
@@ -281,33 +295,35 @@ def kill(run: Run, target: str | None, rng: random.Random, seconds: float) -> se
     return run.activity.now(run.directory)
 
 
-def kill_often(
-    number: int, seed: int, folder: pathlib.Path, text: pathlib.Path, reference: "Reference"
-) -> dict[str, Any]:
+def kill_often(faults: "Faults", number: int, seed: int) -> dict[str, Any]:
     """Kill runs `number` times in all, then let each finish and compare it with the reference."""
+    seconds = faults.reference.seconds
     rng = random.Random(seed)
     started = time.monotonic()
     tally: collections.Counter[str] = collections.Counter()
     killed = resumes = runs = bits = 0
     while killed < number:
-        run = Run(folder / f"killed{runs}", text)
+        run = faults.run(f"killed{runs}")
         runs += 1
         # A run that is killed too often spends its kills on starting.
         for _ in range(min(KILLS_OF_A_RUN, number - killed)):
             target = TARGETS[killed % len(TARGETS)]
             run.activity = Activity()
             run.start(shims=(leave_cache,))
-            doing = kill(run, target, rng, reference.seconds)
+            doing = kill(run, target, rng, 0.8 * seconds)
             resumes += "resuming" in run.log.read_text()
             if doing is None:
                 break
             killed += 1
             tally.update(doing)
             say(f"kill {killed}: {target or 'any moment'}, during {', '.join(sorted(doing))}")
+        begun = time.monotonic()
         code, output = run.train(shims=(leave_cache,))
         assert code == 0, output
+        if "is complete" not in output:
+            seconds = min(seconds, time.monotonic() - begun)
         resumes += "resuming" in output
-        differing = differing_bits(run.directory, reference.directory)
+        differing = faults.differing_bits(run)
         bits += differing
         left = [path.name for path in (run.directory / "checkpoints").iterdir()]
         assert all(name.isdecimal() for name in left), left
@@ -345,7 +361,7 @@ def jumping_clock() -> None:
 
 
 def small_files() -> None:
-    """No file may grow beyond 24 KiB, as under a quota: writing fails half-way."""
+    """No file may grow beyond 30 KiB, as under a quota: writing fails half-way."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST_FILE, LARGEST_FILE))
 
@@ -392,60 +408,61 @@ class Faults:
         self.text = text
         self.reference = Reference(folder / "reference", text)
 
-    def run(self, name: str, text: pathlib.Path | None = None) -> Run:
+        self.comparison = Comparison()
+        # One run that was killed half-way, on a file of its own, is where many faults begin.
+        self.own_text = folder / "own.txt"
+        shutil.copy(text, self.own_text)
+        self.half = Run(folder / "half", self.own_text)
+        self.half.start(shims=(leave_cache,))
+        assert self.half.wait_for_step(18), self.half.finish()[1]
+        self.half.kill()
+        self.half.finish()
+
+    def run(self, name: str) -> Run:
         """A run of its own."""
-        return Run(self.folder / name, text or self.text)
+        return Run(self.folder / name, self.text)
+
+    def half_run(self, name: str) -> Run:
+        """A run that was killed half-way."""
+        run = Run(self.folder / name, self.own_text)
+        shutil.copytree(self.half.directory, run.directory)
+        return run
+
+    def differing_bits(self, run: Run, reference: Run | None = None) -> int:
+        """In comparison with the reference."""
+        reference = reference or self.reference
+        return self.comparison.differing_bits(run.directory, reference.directory)
 
     def outcome(self, run: Run, *bindings: str, shims: tuple[Shim, ...] = ()) -> dict[str, Any]:
         """Begin or go on: exit code, output and, of a complete run, differing bits."""
         code, output = run.train(*bindings, shims=(leave_cache, *shims))
-        bits = differing_bits(run.directory, self.reference.directory) if code == 0 else None
+        bits = self.differing_bits(run) if code == 0 else None
         return {"code": code, "output": output, "differing_bits": bits}
 
-    def interrupted(self, name: str, step: int = 18, text: pathlib.Path | None = None) -> Run:
-        """A run that was killed after a step."""
-        run = self.run(name, text)
-        run.start(shims=(leave_cache,))
-        assert run.wait_for_step(step), run.log.read_text()
-        run.kill()
-        run.finish()
-        return run
-
-    def sigterm(self) -> list[dict[str, Any]]:
-        """SIGTERM while training."""
-        run = self.run("sigterm")
-        run.start(shims=(leave_cache,))
-        run.wait_for_step(7)
-        run.kill(signal.SIGTERM)
-        code, output = run.finish()
-        return [{"code": code, "output": output}, self.outcome(run)]
-
-    def _damaged(self, name: str, damage: Callable[[pathlib.Path], Any]) -> list[dict[str, Any]]:
-        run = self.interrupted(name)
-        checkpoint = newest(run.directory)
-        files = sorted(path for path in checkpoint.glob("params/**/d/*") if path.is_file())
-        damage(max(files, key=lambda path: path.stat().st_size))
-        return [{"checkpoint": str(checkpoint)} | self.outcome(run)]
-
-    def truncated_checkpoint(self) -> list[dict[str, Any]]:
-        """A file of the newest checkpoint lost its second half."""
-        return self._damaged("truncated", lambda path: os.truncate(path, path.stat().st_size // 2))
-
-    def missing_file(self) -> list[dict[str, Any]]:
-        """A file of the newest checkpoint is gone."""
-        return self._damaged("missing", pathlib.Path.unlink)
+    def truncated_and_missing_files(self) -> list[dict[str, Any]]:
+        """A file of the newest checkpoint lost its half; one of the checkpoint before is gone."""
+        run = self.half_run("damaged")
+        newer = newest(run.directory)
+        older = newer.with_name(str(int(newer.name) - CHECKPOINT_PERIOD))
+        array = largest(newer / "params")
+        os.truncate(array, array.stat().st_size // 2)
+        largest(older / "optimizer").unlink()
+        return [{"checkpoints": [str(newer), str(older)]} | self.outcome(run)]
 
     def flipped_bit(self) -> list[dict[str, Any]]:
         """One bit of an array in the newest checkpoint is another."""
-        return self._damaged("flipped", flip_bit)
+        run = self.half_run("flipped")
+        checkpoint = newest(run.directory)
+        flip_bit(largest(checkpoint / "params"))
+        return [{"checkpoints": [str(checkpoint)]} | self.outcome(run)]
 
     def flipped_bit_in_a_complete_run(self) -> list[dict[str, Any]]:
         """The same in the last checkpoint of a complete run."""
         run = self.run("flipped_complete")
         shutil.copytree(self.reference.directory, run.directory)
         checkpoint = newest(run.directory)
-        flip_bit(next(checkpoint.glob("optimizer/ocdbt.process_0/d/*")))
-        return [{"checkpoint": str(checkpoint)} | self.outcome(run)]
+        flip_bit(largest(checkpoint / "optimizer"))
+        return [{"checkpoints": [str(checkpoint)]} | self.outcome(run)]
 
     def no_good_checkpoint(self) -> list[dict[str, Any]]:
         """Every checkpoint is damaged."""
@@ -464,44 +481,39 @@ class Faults:
         skip = "--gin.Experiment.on_nonfinite=skip"
         code, output = unbroken.train(skip, shims=(leave_cache, nan_batch))
         assert code == 0, output
-        outcomes = [self.outcome(run, shims=(nan_batch,)) for _ in range(2)]
-        outcomes.append(self.outcome(run, skip, shims=(nan_batch,)))
-        outcomes[-1]["differing_bits"] = differing_bits(run.directory, unbroken.directory)
-        return outcomes
+        stopped = self.outcome(run, shims=(nan_batch,))
+        skipped = self.outcome(run, skip, shims=(nan_batch,))
+        return [stopped, skipped | {"differing_bits": self.differing_bits(run, unbroken)}]
 
     def data_changes_under_a_run(self) -> list[dict[str, Any]]:
         """The data file is overwritten, then removed, while the run that read it goes on."""
         text = self.folder / "changing.txt"
         shutil.copy(self.text, text)
-        run = self.run("data_changes", text)
+        run = Run(self.folder / "data_changes", text)
         run.start(shims=(leave_cache,))
         run.wait_for_step(3)
         text.write_text("something else\n" * 400)
         run.wait_for_step(9)
         text.unlink()
         code, output = run.finish()
-        bits = differing_bits(run.directory, self.reference.directory) if code == 0 else None
+        bits = self.differing_bits(run) if code == 0 else None
         return [{"code": code, "output": output, "differing_bits": bits}]
 
     def data_vanishes(self) -> list[dict[str, Any]]:
         """The data file is gone when the run is to go on, and then is back."""
-        text = self.folder / "vanishing.txt"
-        shutil.copy(self.text, text)
-        run = self.interrupted("data_vanishes", text=text)
-        text.unlink()
+        run = self.half_run("data_vanishes")
+        self.own_text.unlink()
         without = self.outcome(run)
-        shutil.copy(self.text, text)
+        shutil.copy(self.text, self.own_text)
         return [without, self.outcome(run)]
 
     def data_changes_between(self) -> list[dict[str, Any]]:
         """The data file is another when the run is to go on, and then is back."""
-        text = self.folder / "changed.txt"
-        shutil.copy(self.text, text)
-        run = self.interrupted("data_changed", text=text)
-        lines = text.read_text().splitlines(keepends=True)
-        text.write_text("".join(reversed(lines)))
+        run = self.half_run("data_changes_between")
+        lines = self.text.read_text().splitlines(keepends=True)
+        self.own_text.write_text("".join(reversed(lines)))
         with_another = self.outcome(run)
-        shutil.copy(self.text, text)
+        shutil.copy(self.text, self.own_text)
         return [with_another, self.outcome(run)]
 
     def two_processes(self) -> list[dict[str, Any]]:
@@ -534,7 +546,7 @@ class Faults:
 
     def file_size_limit(self) -> list[dict[str, Any]]:
         """Writing a checkpoint fails half-way; later there is room."""
-        run = self.interrupted("limited", step=11)
+        run = self.half_run("limited")
         checkpoint = newest(run.directory)
         before = everything(checkpoint)
         outcome = self.outcome(run, shims=(small_files,))
@@ -557,10 +569,15 @@ class Faults:
         return outcomes
 
 
-LARGEST_FILE = 24 * 2**10
+LARGEST_FILE = 30 * 2**10
 KILLS_OF_A_RUN = 10
-FAULTS = tuple(name for name in vars(Faults) if name not in ("run", "outcome", "interrupted"))
-FAULTS = tuple(name for name in FAULTS if not name.startswith("_"))
+HELPERS = ("run", "half_run", "outcome", "differing_bits")
+FAULTS = tuple(name for name in vars(Faults) if not name.startswith("_") and name not in HELPERS)
+
+
+def largest(folder: pathlib.Path) -> pathlib.Path:
+    """The largest file of arrays in an item of a checkpoint."""
+    return max(folder.glob("**/d/*"), key=lambda path: path.stat().st_size)
 
 
 def newest(directory: pathlib.Path) -> pathlib.Path:
@@ -635,9 +652,7 @@ def main() -> None:
             bits = [outcome.get("differing_bits") for outcome in report["faults"][fault]]
             seconds = time.monotonic() - started
             say(f"{fault}: exit codes {codes}, differing bits {bits}, {seconds:.1f} s")
-        report["kills"] = kill_often(
-            flags.kills, flags.seed, folder, folder / "text.txt", faults.reference
-        )
+        report["kills"] = kill_often(faults, flags.kills, flags.seed)
         say(json.dumps(report["kills"]))
         print(json.dumps(report))
 
