@@ -29,11 +29,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-# What LLVM optimises changes no run against another, and takes half a minute.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 24
 CHECKPOINT_PERIOD = 4
@@ -635,6 +630,11 @@ def main() -> None:
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="switchx-faults-") as name:
         folder = pathlib.Path(name)
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        # What LLVM optimises changes no run against another, and takes half a minute.
+        os.environ["XLA_FLAGS"] = (
+            "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        )
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
