@@ -1,8 +1,10 @@
 """`Experiment`: everything a configuration fills, and the checks across its parts."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from switchx import sharding
@@ -10,9 +12,11 @@ from switchx.data import pipeline
 from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.models.config import ModelConfig
+from switchx.models.t5 import T5
 from switchx.moe.layer import group_shape
 from switchx.training.losses import LossConfig
-from switchx.training.optimizer import OptimizerConfig
+from switchx.training.optimizer import OptimizerConfig, make_optimizer
+from switchx.training.state import TrainState, create_state
 
 # A continued run may differ from its beginning in these: none changes what a step computes.
 MAY_CHANGE = (
@@ -114,6 +118,18 @@ class Experiment:
     def train_flops(self) -> int:
         """Model FLOPs of a training step: three times the forward pass of every row."""
         return 3 * self.data.batch_size * self.model.flops_per_sequence(*self.lengths)
+
+
+def plan_state(
+    experiment: Experiment, mesh: Mesh
+) -> tuple[Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+    """`create_state` of an experiment's model, optimizer and seed."""
+    return create_state(
+        T5(experiment.model),
+        lambda axes: make_optimizer(experiment.optimizer, axes),
+        seed=experiment.seed,
+        mesh=mesh,
+    )
 
 
 def check_fits(experiment: Experiment, mesh: Mesh) -> None:

@@ -16,7 +16,7 @@ from switchx import sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError
-from switchx.experiment import MAY_CHANGE, Experiment, check_fits
+from switchx.experiment import MAY_CHANGE, Experiment, check_fits, plan_state
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
@@ -27,9 +27,9 @@ from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
 from switchx.training.loop import Hook, Interrupted, StopSignals
 from switchx.training.loop import train as train_loop
 from switchx.training.metrics import MetricsWriter, summarizer
-from switchx.training.optimizer import learning_rate_schedule, make_optimizer
+from switchx.training.optimizer import learning_rate_schedule
 from switchx.training.progress import Progress
-from switchx.training.state import TrainState, create_state, run_rng
+from switchx.training.state import TrainState, run_rng
 from switchx.training.step import make_train_step
 
 
@@ -61,7 +61,6 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
 
 def compile_step(
     experiment: Experiment,
-    model: T5,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     mesh: Mesh,
@@ -71,7 +70,7 @@ def compile_step(
     The state is donated. Call it under `sharding.use(mesh)`.
     """
     step = make_train_step(
-        model,
+        T5(experiment.model),
         experiment.loss,
         experiment.model.moe,
         optimizer,
@@ -129,12 +128,7 @@ class _Run:
         with concurrent.futures.ThreadPoolExecutor(1, "data") as builder:
             # TensorFlow's import and graph building take as long as initialisation: overlap.
             building = builder.submit(self._build_data)
-            create, abstract, optimizer = create_state(
-                self.model,
-                lambda axes: make_optimizer(experiment.optimizer, axes),
-                seed=experiment.seed,
-                mesh=self.mesh,
-            )
+            create, abstract, optimizer = plan_state(experiment, self.mesh)
             print(overview(experiment, abstract, self.mesh), flush=True)
             state, position = self._initial_state(create, abstract)
             if int(state.step) > experiment.train_steps or (
@@ -146,7 +140,7 @@ class _Run:
                 )
             batches, self.eval_batches, self.sample_batch = building.result()
             self._write_descriptions(config_gin)
-            compiled = compile_step(experiment, self.model, optimizer, abstract, self.mesh)
+            compiled = compile_step(experiment, optimizer, abstract, self.mesh)
         first_step = int(state.step)
         if position:
             batches.seek(position)

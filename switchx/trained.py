@@ -20,16 +20,15 @@ from tqdm import tqdm
 from switchx import sharding
 from switchx.data import pipeline
 from switchx.data.corpus import read_lines
+from switchx.data.seqio_batches import batched
 from switchx.errors import UserError
-from switchx.experiment import Experiment, check_fits
+from switchx.experiment import Experiment, check_fits, plan_state
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate as evaluate_batches
 from switchx.inference.evaluation import make_eval_step
 from switchx.models.t5 import T5
 from switchx.training.checkpoint import find_checkpoint, restore_from
 from switchx.training.metrics import summarizer
-from switchx.training.optimizer import make_optimizer
-from switchx.training.state import create_state
 
 
 class Trained(NamedTuple):
@@ -63,12 +62,7 @@ def load(experiment: Experiment) -> Trained:
     path = experiment.initial_checkpoint_path
     checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
     with sharding.use(mesh):
-        _, abstract, _ = create_state(
-            T5(experiment.model),
-            lambda axes: make_optimizer(experiment.optimizer, axes),
-            seed=experiment.seed,
-            mesh=mesh,
-        )
+        _, abstract, _ = plan_state(experiment, mesh)
         params = restore_from(str(checkpoint), abstract, optimizer=False).params
     return Trained(params, checkpoint, mesh)
 
@@ -97,7 +91,7 @@ def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[
             batches = pipeline.build_eval(
                 experiment.data, split=split, num_batches=experiment.eval_steps, task=task
             )
-            placed = (jax.device_put(batch, where) for batch in _progress(batches, task))
+            placed = (jax.device_put(batch, where) for batch in _progress(batches, task, "batches"))
             sums = evaluate_batches(eval_step, trained.params, placed)
             rows.append(
                 {
@@ -124,7 +118,7 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
     rows, truncated = experiment.data.batch_size, 0
     with sharding.use(trained.mesh):
         where = sharding.batch_sharding(trained.mesh)
-        for batch in _batched(_progress(texts, "decode"), rows):
+        for batch in batched(iter(_progress(texts, "decode", "texts")), rows):
             ids = [pipeline.encode_text(experiment.data, text) for text in batch]
             tokens = np.zeros((rows, length), np.int32)
             for index, example in enumerate(ids):
@@ -166,15 +160,19 @@ def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
+    if pathlib.Path(output).exists():
+        raise UserError(f"--output={output} exists; choose another or remove it")
+    # The first row before the file: what ends in an error leaves no empty one in the way.
+    rows = iter(rows)
+    first = list(itertools.islice(rows, 1))
     try:
-        with open(output, "x", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-    except FileExistsError:
-        raise UserError(f"--output={output} exists; choose another or remove it") from None
+        file = open(output, "x", encoding="utf-8")
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
+    with file:
+        for row in itertools.chain(first, rows):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
 
 
 def read_texts(path: str) -> Iterator[str]:
@@ -183,11 +181,5 @@ def read_texts(path: str) -> Iterator[str]:
     return (line.rstrip("\n") for line in lines)
 
 
-def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    return tqdm(items, desc=what, disable=None, leave=False, unit=" batches")
-
-
-def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    iterator = iter(texts)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def _progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+    return tqdm(items, desc=what, disable=None, leave=False, unit=f" {unit}")

@@ -11,20 +11,8 @@ from switchx.data.pipeline import DataConfig
 from switchx.data.tasks import FileTask
 from switchx.errors import UserError
 from switchx.experiment import Experiment
-from switchx.models.config import ModelConfig
-from switchx.moe.layer import MoeConfig
 from switchx.run import train
-
-MODEL = ModelConfig(
-    vocab_size=384,
-    d_model=16,
-    d_ff=24,
-    num_heads=2,
-    head_dim=8,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    moe=MoeConfig(num_experts=4, group_size="row"),
-)
+from tests.test_run import MODEL
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +124,13 @@ def test_rows_are_written_once(tmp_path, capsys):
     assert (tmp_path / "out.jsonl").stat().st_size
     with pytest.raises(UserError, match="cannot be written"):
         trained.write_rows([], str(tmp_path / "no/out.jsonl"))
+
+
+def test_a_mistake_leaves_no_empty_file(finished, tmp_path):
+    nowhere = dataclasses.replace(finished, model_dir=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        trained.write_rows(trained.decode(nowhere, ["a"]), str(tmp_path / "out.jsonl"))
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_texts_from_a_file_or_standard_input(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from switchx.batch import Batch
 from switchx.data import packing
 from switchx.data.packing import Row
 from switchx.data.span_corruption import Example
-from switchx.data.token_batches import check_position, check_same_data
+from switchx.data.token_batches import check_position, check_same_data, too_small
 from switchx.errors import UserError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SeqioBatches(Iterator[Batch]):
         batches = batched(packed(self._config, examples), self._config.batch_size)
         first = next(batches, [])
         if len(first) < self._config.batch_size:
-            raise self._too_small(len(first))
+            raise too_small(self._config, self._provider.name, len(first))
         batches = itertools.chain([first], batches)
         for _ in range(self._batch):
             if len(next(batches, ())) < self._config.batch_size:
@@ -112,14 +112,6 @@ class SeqioBatches(Iterator[Batch]):
                     f"{self._provider.name!r}; the data changed since it was saved"
                 )
         return (rows for rows in batches if len(rows) == self._config.batch_size)
-
-    def _too_small(self, num_rows: int) -> UserError:
-        config = self._config
-        return UserError(
-            f"task {self._provider.name!r} makes {num_rows} rows of "
-            f"{config.task_feature_lengths} tokens, fewer than DataConfig.batch_size = "
-            f"{config.batch_size}; lower it, shorten the lengths or add data"
-        )
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

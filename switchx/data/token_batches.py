@@ -166,7 +166,7 @@ class TokenBatches(Iterator[Batch]):
         """
         for member, examples in zip(self._members, self._examples, strict=True):
             if not examples.count:
-                raise self._too_small(member, 0)
+                raise too_small(self._config, member.name, 0)
         self._window = self._make(self._number)
         if len(self._members) == 1:
             rows = 0
@@ -174,7 +174,7 @@ class TokenBatches(Iterator[Batch]):
                 rows += len(self._window if number == self._number else self._make(number))
                 if rows >= self._config.batch_size:
                     return
-            raise self._too_small(self._members[0], rows)
+            raise too_small(self._config, self._members[0].name, rows)
 
     def position(self) -> dict[str, Any]:
         """Where the next batch is, as integers and a string that go into JSON."""
@@ -236,14 +236,6 @@ class TokenBatches(Iterator[Batch]):
         ]
         return [np.arange(*each) for each in bounds]
 
-    def _too_small(self, member: Member, num_rows: int) -> UserError:
-        config = self._config
-        return UserError(
-            f"task {member.name!r} makes {num_rows} rows of {config.task_feature_lengths} tokens, "
-            f"fewer than DataConfig.batch_size = {config.batch_size}; lower it, shorten the "
-            "lengths or add data"
-        )
-
 
 def rows_in_order(
     config: "DataConfig", member: Member, split: str, seed: int
@@ -257,6 +249,14 @@ def rows_in_order(
         drawn = examples.draw(numbers, generator(seed, "noise", member.name, number))
         window = Window(config, [drawn], np.zeros(len(numbers), np.int64))
         yield from ((window, row) for row in range(len(window)))
+
+
+def too_small(config: "DataConfig", name: str, num_rows: int) -> UserError:
+    """The error of a task whose epoch makes less than a batch."""
+    return UserError(
+        f"task {name!r} makes {num_rows} rows of {config.task_feature_lengths} tokens, fewer than "
+        f"DataConfig.batch_size = {config.batch_size}; lower it, shorten the lengths or add data"
+    )
 
 
 def check_position(position: Mapping[str, Any], keys: Sequence[str]) -> None:

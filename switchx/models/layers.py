@@ -33,7 +33,7 @@ class Dense(nn.Module):
             jnp.float32,
         )
         # As a matrix: for the gradient of the kernel, XLA on CPU transposes more axes than two by
-        # copying, and loses its fast matmul (2.4 times the time of one layer's).
+        # copying, and loses its fast matmul.
         y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
         return y.reshape(*x.shape[:-1], self.features)
 

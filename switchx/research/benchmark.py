@@ -20,12 +20,9 @@ from switchx import sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError, closest
-from switchx.experiment import Experiment, check_fits
-from switchx.models.t5 import T5
+from switchx.experiment import Experiment, check_fits, plan_state
 from switchx.run import compile_step
 from switchx.training.losses import cross_entropy
-from switchx.training.optimizer import make_optimizer
-from switchx.training.state import create_state
 
 CASES = pathlib.Path("gin_configs/bench")
 
@@ -52,35 +49,30 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
       warmup: steps before those.
 
     Returns:
-      cpu_seconds_per_step and step_seconds, medians; compile_seconds, tracing included;
-      peak_rss_mb of the process in MiB; xla_flops of a step on all devices as XLA counts them
-      (None where it does not; a scan's body counts once); model_flops, three times the analytic
-      forward pass; tokens_per_second of encoder and decoder together; temp_mb, what the
-      compiled step needs beside its arguments, and donated_mb, what it overwrites instead of
-      allocating anew, MiB; loss after the last step; num_params.
+      cpu_seconds_per_step, step_seconds and page_faults_per_step (minor ones), medians;
+      compile_seconds, tracing included; peak_rss_mb of the process in MiB; xla_flops of a step on
+      all devices as XLA counts them (None where it does not; a scan's body counts once);
+      model_flops, three times the analytic forward pass; tokens_per_second of encoder and decoder
+      together; temp_mb, what the compiled step needs beside its arguments, and donated_mb, what
+      it overwrites instead of allocating anew, MiB; loss after the last step; num_params.
     """
     mesh = sharding.make_mesh(experiment.mesh)
     check_fits(experiment, mesh)
     with sharding.use(mesh):
-        model = T5(experiment.model)
-        create, abstract, optimizer = create_state(
-            model,
-            lambda axes: make_optimizer(experiment.optimizer, axes),
-            seed=experiment.seed,
-            mesh=mesh,
-        )
+        create, abstract, optimizer = plan_state(experiment, mesh)
         start = time.perf_counter()
-        step = compile_step(experiment, model, optimizer, abstract, mesh)
+        step = compile_step(experiment, optimizer, abstract, mesh)
         compile_seconds = time.perf_counter() - start
         state = create()
         batch = jax.device_put(_random_batch(experiment), sharding.batch_sharding(mesh))
-        seconds, cpu_seconds, loss = [], [], float("nan")
+        seconds, cpu_seconds, page_faults, loss = [], [], [], float("nan")
         for _ in range(warmup + steps):
-            start, cpu_start = time.perf_counter(), time.process_time()
+            start, cpu_start, faults = time.perf_counter(), time.process_time(), _page_faults()
             state, metrics = step(state, batch)
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
             cpu_seconds.append(time.process_time() - cpu_start)
+            page_faults.append(_page_faults() - faults)
             tokens = metrics.sums.tokens
             loss = float(tokens.cross_entropy / tokens.weight)
     step_seconds = statistics.median(seconds[warmup:])
@@ -90,6 +82,7 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
         "cpu_seconds_per_step": round(statistics.median(cpu_seconds[warmup:]), 4),
         "step_seconds": round(step_seconds, 4),
         "compile_seconds": round(compile_seconds, 2),
+        "page_faults_per_step": round(statistics.median(page_faults[warmup:])),
         "peak_rss_mb": peak_rss_mb(),
         "temp_mb": round(memory.temp_size_in_bytes / 2**20) if memory else None,
         "donated_mb": round(memory.alias_size_in_bytes / 2**20) if memory else None,
@@ -198,6 +191,10 @@ def peak_rss_mb() -> int:
     """Largest resident memory of this process so far, MiB."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(size / 2**20) if sys.platform == "darwin" else round(size / 2**10)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _random_batch(experiment: Experiment) -> Batch:

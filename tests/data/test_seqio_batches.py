@@ -1,19 +1,18 @@
 """The stream through tf.data: its epochs, position and errors, on a task of seqio's."""
 
 import dataclasses
-import itertools
 import json
 
 import numpy as np
 import pytest
 
-from switchx.batch import Batch
 from switchx.data import registry, seqio_batches
 from switchx.data.mixtures import Mixture
 from switchx.data.pipeline import DataConfig, decode_tokens
 from switchx.data.seqio_batches import SeqioBatches
 from switchx.data.tasks import FileTask
 from switchx.errors import UserError
+from tests.data.test_pipeline import same, take
 
 LENGTHS = {"inputs": 64, "targets": 24}
 
@@ -32,17 +31,6 @@ def config(tmp_path_factory):
 
 def stream(config, rows=slice(0, 6), fingerprint="small=0a"):
     return SeqioBatches(config, registry.find(config), rows, fingerprint=fingerprint)
-
-
-def same(left, right):
-    return all(
-        np.array_equal(getattr(left, f.name), getattr(right, f.name))
-        for f in dataclasses.fields(Batch)
-    )
-
-
-def take(batches, count):
-    return list(itertools.islice(batches, count))
 
 
 def sources(config, batch):

@@ -70,7 +70,7 @@ class Activity:
         self._mark("data", pipeline, "build_train")
         self._mark("data", pipeline, "build_eval")
         self._mark("data", token_batches.TokenBatches, "__next__")
-        self._mark("initialisation", run, "create_state")
+        self._mark("initialisation", run, "plan_state")
         self._mark("restoring", checkpoint, "_set_aside_damaged")
         self._mark("restoring", checkpoint.Checkpointer, "restore")
         self._mark("compilation", run, "compile_step")

@@ -342,7 +342,7 @@ class TestFiles:
         jax.tree.map(np.testing.assert_array_equal, whole.params, parts.params)
 
     @pytest.mark.parametrize(
-        "name", ["../b.safetensors", "/tmp/b.safetensors", "a/../../b.safetensors", "./../b", ".."]
+        "name", ["../b.safetensors", "/b.safetensors", "a/../../b.safetensors", "./../b", ".."]
     )
     def test_a_path_cannot_leave_the_folder(self, tmp_path, name):
         self.shards(tmp_path / "sharded")

@@ -8,22 +8,12 @@ from switchx import configuration
 from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError
 from switchx.experiment import Experiment
-from switchx.models.config import ModelConfig
-from switchx.moe.layer import MoeConfig
 from switchx.research import benchmark
+from tests.test_run import MODEL
 
 ROOT = pathlib.Path(__file__).parents[2]
 EXPERIMENT = Experiment(
-    model=ModelConfig(
-        vocab_size=384,
-        d_model=16,
-        d_ff=24,
-        num_heads=2,
-        head_dim=8,
-        num_encoder_layers=2,
-        num_decoder_layers=2,
-        moe=MoeConfig(num_experts=4, group_size="row"),
-    ),
+    model=MODEL,
     data=DataConfig(
         mixture_or_task_name="wn_define",
         task_feature_lengths={"inputs": 40, "targets": 24},
