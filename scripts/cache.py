@@ -4,6 +4,10 @@ python scripts/cache.py --gin_file=gin_configs/switch_tiny.gin \
     --gin.MIXTURE_OR_TASK_NAME=wn_define
 """
 
+from switchx import process
+
+process.prepare()
+
 from switchx import configuration
 from switchx.data import pipeline
 from switchx.experiment import Experiment

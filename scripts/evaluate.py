@@ -3,6 +3,10 @@
 python scripts/evaluate.py --gin_file=gin_configs/switch_tiny.gin --split=validation
 """
 
+from switchx import process
+
+process.prepare()
+
 from switchx import command_line, configuration, trained
 from switchx.experiment import Experiment
 

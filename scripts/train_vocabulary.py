@@ -3,6 +3,10 @@
 import argparse
 import pathlib
 
+from switchx import process
+
+process.prepare()
+
 from switchx.data import vocabulary_training
 
 

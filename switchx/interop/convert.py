@@ -1,5 +1,6 @@
 """Other people's checkpoints as run directories, ready to train, evaluate and decode."""
 
+import argparse
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -73,6 +74,21 @@ def _save_params(folder: pathlib.Path, params: Any) -> None:
 
 
 SOURCES = {"hf": from_hf}
+
+
+def flag_parser(description: str) -> argparse.ArgumentParser:
+    """A parser of `from`, the kind of a source, and of the arguments that `SOURCES` take."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--from", dest="kind", choices=sorted(SOURCES), required=True, help="what wrote it"
+    )
+    parser.add_argument("source", help="folder to read")
+    parser.add_argument("run_directory", help="directory to write")
+    parser.add_argument("--scan_layers", action="store_true", help="stack equal layers")
+    parser.add_argument("--allow_pickle", action="store_true", help="read .bin files, with torch")
+    return parser
 
 
 def describe(converted: Converted) -> str:

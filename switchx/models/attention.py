@@ -36,8 +36,8 @@ def attention_mask(
 class Attention(nn.Module):
     """Multi-head attention without biases and without 1/√head_dim, which is in the query's init.
 
-    Scores and softmax are float32 at least. Dropout on the attention weights has one mask for
-    all queries, as T5X draws it.
+    Scores, softmax and sums of values are float32 at least. Dropout on the attention weights has
+    one mask for all queries, as T5X draws it.
     """
 
     config: ModelConfig
@@ -72,10 +72,16 @@ class Attention(nn.Module):
         if bias is not None:
             scores_BHTS += bias.astype(dtype)
         scores_BHTS = jnp.where(mask, scores_BHTS, jnp.finfo(dtype).min)
-        weights_BHTS = jax.nn.softmax(scores_BHTS).astype(values_BSHP.dtype)
+        # The softmax is divided by its sum after the values are, which spares passes over [T, S].
+        largest_BHT1 = jax.lax.stop_gradient(jnp.max(scores_BHTS, axis=-1, keepdims=True))
+        weights_BHTS = jnp.exp(scores_BHTS - largest_BHT1)
+        sums_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
         weights_BHTS = nn.Dropout(
             config.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train
-        )(weights_BHTS)
-        y_BTHP = jnp.einsum("bhts,bshp->bthp", weights_BHTS, values_BSHP)
+        )(weights_BHTS.astype(values_BSHP.dtype))
+        y_BHTP = jnp.einsum(
+            "bhts,bshp->bhtp", weights_BHTS, values_BSHP, preferred_element_type=dtype
+        )
+        y_BTHP = jnp.moveaxis(y_BHTP / sums_BHT1, 1, 2).astype(values_BSHP.dtype)
         y_BTA = y_BTHP.reshape(*queries_BTD.shape[:-1], heads * head_dim)
         return Dense(config.d_model, ("heads", "embed"), scale, name="out")(y_BTA)

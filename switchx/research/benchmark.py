@@ -4,6 +4,8 @@ CPU-seconds are those of all threads of this process. On a shared machine they m
 wall-clock seconds, so they are what runs are compared by.
 """
 
+import argparse
+import json
 import pathlib
 import resource
 import statistics
@@ -185,6 +187,18 @@ def loss(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, An
 
 
 BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": data, "loss": loss}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add what to measure, of which case, how often: `what`, `gin_file` and `steps`."""
+    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    parser.add_argument("--case", dest="gin_file", action="append", type=case_file)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps or batches")
+
+
+def report(what: str, experiment: Experiment, *, steps: int) -> None:
+    """Measure one of `BENCHMARKS` and print its figures as a line of JSON."""
+    print(json.dumps(BENCHMARKS[what](experiment, steps=steps)))
 
 
 def peak_rss_mb() -> int:
