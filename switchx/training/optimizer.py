@@ -282,22 +282,24 @@ def adafactor(
             gradient: Any, leaf_names: Axes, param: Any, v_row: Any, v_col: Any, v: Any
         ) -> tuple[Array, Array, Array, Array]:
             step = jnp.asarray(gradient, jnp.float32)
-            square = jnp.square(step)
             if "v" in _state_shapes(param.shape, leaf_names, min_dim_size_to_factor):
+                square = jnp.square(step)
                 v = running_mean(v, square + epsilon1)
                 step = step * jax.lax.rsqrt(v)
                 size = _mean(square / v, leaf_names)
             else:
+                # Every mean squares for itself, or XLA on CPU would write G² and U² out, at twice
+                # the cost of reading G again: hence the barrier, and U² as (G / column) · G.
                 row, column = _inner(leaf_names)
+                again = jax.lax.optimization_barrier(step)
                 # The mean of G² + ε1, added last: a pure mean of squares needs no array of them.
-                v_row = running_mean(v_row, jnp.mean(square, axis=column) + epsilon1)
-                v_col = running_mean(v_col, jnp.mean(square, axis=row) + epsilon1)
+                v_row = running_mean(v_row, jnp.mean(jnp.square(step), axis=column) + epsilon1)
+                v_col = running_mean(v_col, jnp.mean(jnp.square(again), axis=row) + epsilon1)
                 # `column` comes after `row`, so dropping it leaves `row` where it was.
                 row_mean = jnp.mean(v_row, axis=row, keepdims=True)
                 by_row = jnp.expand_dims(row_mean / v_row, column)
                 by_column = jnp.expand_dims(1 / v_col, row)
-                # Mean of U² from G²: with U in two places, XLA would write it out.
-                size = jnp.mean(square * by_column, axis=column, keepdims=True) * by_row
+                size = jnp.mean(step * by_column * step, axis=column, keepdims=True) * by_row
                 size = jnp.mean(size, axis=row, keepdims=True)
                 step = step * jnp.sqrt(by_row) * jnp.sqrt(by_column)
             scale = rate

@@ -83,7 +83,12 @@ def create_state(
         shapes,
         state_shardings,
     )
-    return jax.jit(init, out_shardings=state_shardings), abstract, optimizer
+    options = None
+    if jax.default_backend() == "cpu":
+        # XLA's default draws many parameters at once, with 3 GB of random bits for Switch-Base.
+        options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    create = jax.jit(init, out_shardings=state_shardings, compiler_options=options)
+    return create, abstract, optimizer
 
 
 def run_rng(seed: int) -> jax.Array:

@@ -150,7 +150,8 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         value, grads, sums = gradients(state, batch)
-        grad_norm = optax.tree.norm(grads)
+        # Behind a barrier: squares shared with the optimizer would be written out on CPU.
+        grad_norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
 
