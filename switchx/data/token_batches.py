@@ -27,6 +27,9 @@ WINDOW_TOKENS = 2**20
 # Fewer examples pack badly; more make a window slow to begin.
 WINDOW_EXAMPLES = (64, 16384)
 _GOLDEN = 0.6180339887498949
+# Of the law from data, seed and position to batches. Raise it with every change that would let a
+# resumed run draw other batches than it would have; a test holds the first batches to it.
+LAW = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,21 +181,28 @@ class TokenBatches(Iterator[Batch]):
 
     def position(self) -> dict[str, Any]:
         """Where the next batch is, as integers and a string that go into JSON."""
-        return {"window": self._number, "row": self._row, "data": self.fingerprint}
+        data = {"law": LAW, "data": self.fingerprint}
+        return {"window": self._number, "row": self._row, **data}
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Continue exactly as a stream at `position` would. Costs one window wherever it is.
 
         Raises:
-          UserError: not a position of `position()`, or one in other data.
+          UserError: not a position of `position()`, one of another `LAW`, or one in other data.
         """
-        if set(position) != {"window", "row", "data"}:
+        if set(position) != {"window", "row", "law", "data"}:
             raise UserError(
-                f"data position {dict(position)!r} is not one of a token cache (window, row, "
+                f"data position {dict(position)!r} is not one of a token cache (window, row, law, "
                 "data): it was saved while the task streamed through TensorFlow or by an older "
                 "version; train in a new MODEL_DIR"
             )
         check_position(position, ("window", "row"))
+        if position["law"] != LAW:
+            raise UserError(
+                f"this run drew its batches by version {position['law']!r} of the data's law, and "
+                f"this switchx has version {LAW}: go on with the switchx that began it, or train "
+                "in a new MODEL_DIR"
+            )
         check_same_data(self._config, str(position["data"]), self.fingerprint)
         self._number, self._row = position["window"], position["row"]
         self._window = self._make(self._number)

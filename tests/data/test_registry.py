@@ -250,7 +250,7 @@ import sys
 from switchx.data.pipeline import DataConfig, build_train
 from switchx.data.tasks import TfdsTask
 settings = {settings!r}
-assert set(build_train(settings).position()) == {{"window", "row", "data"}}
+assert set(build_train(settings).position()) == {{"window", "row", "law", "data"}}
 print("tensorflow" in sys.modules)
 """
 

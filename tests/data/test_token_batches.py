@@ -1,6 +1,7 @@
 """Windows, rows and rates of the stream from token caches."""
 
 import dataclasses
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -204,3 +205,30 @@ def test_evaluation_walks_windows_in_order(monkeypatch):
     cache = build_train(config)._members[0].cache
     assert rows == -(-cache.num_tokens("validation") // 70)  # 64 inputs are made of 70 tokens
     assert all(map(same, whole, build_eval(dataclasses.replace(config, shuffle=False))))
+
+
+# Change these digests and `token_batches.LAW` together: a run that began under the old law must
+# be told, not continued with other batches.
+@pytest.mark.parametrize(
+    ("name", "pack", "digest"),
+    [
+        ("embedded_span_corruption", True, "84a945dcb7b88d42"),
+        ("embedded_prefix_lm", False, "18729fec5366516a"),
+        ("embedded_pretrain_and_tasks", True, "a1e24827a8dd4de7"),
+    ],
+)
+def test_the_law_of_the_stream_is_the_one_of_its_number(name, pack, digest):
+    batches = build_train(DataConfig(name, {"inputs": 48, "targets": 40}, "spm8k", 6, pack, seed=5))
+    batches.seek({**batches.position(), "window": 1})
+    found = hashlib.sha256()
+    for batch in itertools.islice(batches, 3):
+        for field in dataclasses.fields(Batch):
+            found.update(np.ascontiguousarray(getattr(batch, field.name)).tobytes())
+    assert (token_batches.LAW, found.hexdigest()[:16]) == (1, digest)
+
+
+def test_a_position_of_another_law_is_refused():
+    config = DataConfig("wn_define", {"inputs": 48, "targets": 40}, "spm8k", 6)
+    batches = build_train(config)
+    with pytest.raises(UserError, match="version 7 of the data's law.* has version 1: go on with"):
+        batches.seek({**batches.position(), "law": 7})

@@ -264,7 +264,7 @@ def test_a_task_of_seqios_registry_is_cached_on_demand(root, python_task, capsys
     for field in ("inputs", "targets"):
         assert examples(found, "train", field) == [e[field].tolist() for e in expected]
     batches = build_train(settings)
-    assert set(batches.position()) == {"window", "row", "data"}
+    assert set(batches.position()) == {"window", "row", "law", "data"}
     assert decode_tokens(settings, next(batches).encoder_tokens[0]).startswith("what is")
     assert "streaming" not in capsys.readouterr().out
     cache(settings)
@@ -342,7 +342,7 @@ def test_a_mixture_with_a_task_that_streams_streams(root, python_task, tmp_path,
     assert set(batches.position()) == {"epoch", "batch", "data"}
     assert not root.exists()  # nothing is cached in vain
     cache(settings)
-    assert set(build_train(settings).position()) == {"window", "row", "data"}
+    assert set(build_train(settings).position()) == {"window", "row", "law", "data"}
     with pytest.raises(UserError, match="not one of a token cache"):
         build_train(settings).seek(batches.position())
 
