@@ -115,7 +115,7 @@ class RunDirectory:
         """
         try:
             return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.path / name} is not JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:

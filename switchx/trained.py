@@ -5,6 +5,7 @@ evaluation and its predictions. The parameters are those of `initial_checkpoint_
 and else the newest in `model_dir`.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -61,7 +62,7 @@ def load(experiment: Experiment) -> Trained:
     check_fits(experiment, mesh)
     path = experiment.initial_checkpoint_path
     checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
-    with sharding.use(mesh):
+    with _notes(), sharding.use(mesh):
         _, abstract, _ = plan_state(experiment, mesh)
         params = restore_from(str(checkpoint), abstract, optimizer=False).params
     return Trained(params, checkpoint, mesh)
@@ -88,9 +89,10 @@ def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[
         summary = summarizer(model)
         eval_step = jax.jit(make_eval_step(T5(model), experiment.loss, model.moe))
         for task in tasks:
-            batches = pipeline.build_eval(
-                experiment.data, split=split, num_batches=experiment.eval_steps, task=task
-            )
+            with _notes():
+                batches = pipeline.build_eval(
+                    experiment.data, split=split, num_batches=experiment.eval_steps, task=task
+                )
             placed = (jax.device_put(batch, where) for batch in _progress(batches, task, "batches"))
             sums = evaluate_batches(eval_step, trained.params, placed)
             rows.append(
@@ -177,8 +179,23 @@ def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
 
 def read_texts(path: str) -> Iterator[str]:
     """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input."""
-    lines = sys.stdin if path == "-" else read_lines(pathlib.Path(path))
+    lines = _standard_input() if path == "-" else read_lines(pathlib.Path(path))
     return (line.rstrip("\n") for line in lines)
+
+
+def _standard_input() -> Iterator[str]:
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError:
+            raise UserError(
+                f"standard input, line {number}: not UTF-8 text; convert it to UTF-8"
+            ) from None
+
+
+def _notes() -> contextlib.redirect_stdout:
+    """What is said along the way goes to standard error; standard output is for the rows."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:

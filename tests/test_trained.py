@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,26 @@ def test_a_directory_without_checkpoint(finished, tmp_path):
         trained.load(dataclasses.replace(finished, model_dir=str(tmp_path)))
 
 
+def test_a_checkpoint_without_parameters_is_damaged(finished, tmp_path):
+    shutil.copytree(finished.model_dir, tmp_path / "run")
+    newest = max((tmp_path / "run/checkpoints").iterdir(), key=lambda path: int(path.name))
+    shutil.rmtree(newest / "params")
+    with pytest.raises(UserError, match=f"/{newest.name} .*params is missing") as error:
+        trained.load(dataclasses.replace(finished, model_dir=str(tmp_path / "run")))
+    assert "\n" not in str(error.value)
+
+
+def test_standard_output_is_for_the_rows(finished, tmp_path, capsys):
+    shutil.copytree(finished.model_dir, tmp_path / "run")
+    for manifest in (tmp_path / "run").rglob("checksums.json"):
+        manifest.unlink()
+    elsewhere = dataclasses.replace(finished, model_dir=str(tmp_path / "run"))
+    trained.write_rows(trained.evaluate(elsewhere), None)
+    output, notes = capsys.readouterr()
+    assert [json.loads(line)["split"] for line in output.splitlines()]
+    assert "no checksums; read unchecked" in notes
+
+
 def test_another_model_is_refused(finished):
     wider = dataclasses.replace(finished, model=dataclasses.replace(MODEL, d_ff=32))
     with pytest.raises(UserError, match="do not fit this model"):
@@ -136,7 +157,10 @@ def test_a_mistake_leaves_no_empty_file(finished, tmp_path):
 def test_texts_from_a_file_or_standard_input(tmp_path, monkeypatch):
     (tmp_path / "in.txt").write_text("one\r\ntwo\n\nthree")
     assert list(trained.read_texts(str(tmp_path / "in.txt"))) == ["one", "two", "", "three"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\n"))
-    assert list(trained.read_texts("-")) == ["a", "b"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("ä\r\nb\n\nc".encode())))
+    assert list(trained.read_texts("-")) == ["ä", "b", "", "c"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\nb\xff\n")))
+    with pytest.raises(UserError, match="standard input, line 2: not UTF-8"):
+        list(trained.read_texts("-"))
     with pytest.raises(UserError, match="cannot be read"):
         list(trained.read_texts(str(tmp_path / "none.txt")))

@@ -76,7 +76,7 @@ class TokenCache:
             names = {f"{part}.{end}" for part in self._parts() for end in ("tokens", "offsets")}
             self._files = {name: self.info["files"][name] for name in sorted(names)}
             sizes = {name: int(file["bytes"]) for name, file in self._files.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise DamagedCache(f"{folder / 'cache.json'} cannot be read: {reason}") from None
         for name, size in sizes.items():

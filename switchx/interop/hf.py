@@ -30,6 +30,7 @@ _COUNTS = (
     "decoder_sparse_step",
     "num_sparse_encoder_layers",
     "num_sparse_decoder_layers",
+    "num_experts",
 )
 _PICKLE = "pytorch_model.bin"
 
@@ -286,22 +287,27 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _read_config(folder: pathlib.Path) -> dict[str, Any]:
     if not folder.exists():
-        raise UserError(f"{str(folder)!r}: no such folder")
+        raise UserError(
+            f"{str(folder)!r}: no such folder; a model of the hub must be downloaded first"
+        )
     if not folder.is_dir():
         raise UserError(f"{str(folder)!r} is a file; give the folder that save_pretrained wrote")
-    if not (folder / "config.json").exists():
-        supported = f"supported are save_pretrained folders of {', '.join(SUPPORTED)}"
+    supported = f"supported are save_pretrained folders of {', '.join(SUPPORTED)}"
+    path = folder / "config.json"
+    found = _read_json(path) if path.exists() else {}
+    if "model_type" not in found:
         for name, what in _FOREIGN.items():
             if (folder / name).exists():
                 raise UserError(f"{folder} is {what}; {supported}")
+    if not path.exists():
         raise UserError(f"{folder} has no config.json; {supported}")
-    return _read_json(folder / "config.json")
+    return found
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{str(path)!r} should hold one JSON object")

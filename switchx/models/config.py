@@ -230,7 +230,7 @@ class ModelConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"model.json is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError("model.json should hold one JSON object")
@@ -269,7 +269,10 @@ def read_config(
             f"INITIAL_CHECKPOINT_PATH = {path!r} has no model.json; give a run directory, or a "
             "checkpoint in it"
         )
-    config = ModelConfig.from_json((found[0] / "model.json").read_text(encoding="utf-8"))
+    try:
+        config = ModelConfig.from_json((found[0] / "model.json").read_text(encoding="utf-8"))
+    except (UserError, UnicodeDecodeError) as error:
+        raise UserError(f"in {found[0]}: {error}") from None
     if config.moe is not None and expert_dropout_rate is not None:
         moe = dataclasses.replace(config.moe, expert_dropout_rate=expert_dropout_rate)
         config = dataclasses.replace(config, moe=moe)

@@ -5,6 +5,7 @@ wall-clock seconds, so they are what runs are compared by.
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import resource
@@ -193,12 +194,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add what to measure, of which case, how often: `what`, `gin_file` and `steps`."""
     parser.add_argument("what", choices=sorted(BENCHMARKS))
     parser.add_argument("--case", dest="gin_file", action="append", type=case_file)
-    parser.add_argument("--steps", type=int, default=5, help="timed steps or batches")
+    parser.add_argument("--steps", type=_steps, default=5, help="timed steps or batches")
 
 
 def report(what: str, experiment: Experiment, *, steps: int) -> None:
     """Measure one of `BENCHMARKS` and print its figures as a line of JSON."""
-    print(json.dumps(BENCHMARKS[what](experiment, steps=steps)))
+    with contextlib.redirect_stdout(sys.stderr):
+        figures = BENCHMARKS[what](experiment, steps=steps)
+    print(json.dumps(figures))
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"--steps={text}: should be an integer, 1 or more")
+    return int(text)
 
 
 def peak_rss_mb() -> int:

@@ -302,7 +302,7 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
       UserError: there is none.
     """
     path = path.absolute()
-    if (path / "params").is_dir():
+    if (path / "params").is_dir() or (path.name.isdecimal() and _entries(path)):
         return path
     for folder in (path / "checkpoints", path):
         if checkpoints := _checkpoints(folder):

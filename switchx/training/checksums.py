@@ -37,7 +37,7 @@ def find_damage(folder: pathlib.Path) -> str | None:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{folder.name}/{MANIFEST} cannot be read ({error})"
     if not isinstance(manifest, dict):
         return f"{folder.name}/{MANIFEST} is not one JSON object"

@@ -291,6 +291,22 @@ class TestBadFolders:
         with pytest.raises(UserError, match="no model_type in its config.json; supported are"):
             load(folder)
 
+    def test_a_run_directory_with_its_config_json(self, tmp_path):
+        for name in ("config.json", "model.json"):
+            (tmp_path / name).write_text("{}")
+        with pytest.raises(UserError, match="is a switchx run directory, which needs no conv"):
+            load(tmp_path)
+
+    def test_json_too_deep_to_parse(self, tmp_path):
+        (tmp_path / "config.json").write_text("[" * 100_000)
+        with pytest.raises(UserError, match="config.json' cannot be read"):
+            load(tmp_path)
+
+    def test_a_number_of_experts_that_cannot_be(self, folder):
+        self.change(folder, num_experts=10**9)
+        with pytest.raises(UserError, match="num_experts = 1000000000 should be an integer, at"):
+            load(folder)
+
     def test_the_kind_is_told_before_the_weights_are_read(self, tmp_path):
         (tmp_path / "config.json").write_text('{"model_type": "bert"}')
         with pytest.raises(UserError, match="'bert' model"):

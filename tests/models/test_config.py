@@ -559,3 +559,7 @@ class TestReadConfig:
             read_config(None)
         with pytest.raises(UserError, match="has no model.json; give a run directory"):
             read_config(str(tmp_path))
+        for content in (b"{", b"\xff", b"[" * 100_000, b"[]", b'{"d_mode": 3}'):
+            (tmp_path / "model.json").write_bytes(content)
+            with pytest.raises(UserError, match=f"in {tmp_path}: .*(JSON|utf-8|d_model)"):
+                read_config(str(tmp_path))

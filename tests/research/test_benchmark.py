@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import pathlib
 
@@ -48,6 +49,25 @@ def test_the_loss_is_measured_in_both_forms():
     assert figures["tokens"] == 8 * 24
     for form in ("fused", "plain"):
         assert figures[form]["cpu_seconds"] > 0 and figures[form]["temp_mb"] >= 0
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "2.5", "many"])
+def test_no_steps_to_measure(steps):
+    parser = argparse.ArgumentParser()
+    benchmark.add_flags(parser)
+    assert parser.parse_args(["data", "--steps=3"]).steps == 3
+    with pytest.raises(UserError, match=f"--steps={steps}: should be an integer, 1 or more"):
+        parser.parse_args(["data", f"--steps={steps}"])
+
+
+def test_a_report_is_one_line_of_json(monkeypatch, capsys):
+    def noisy(experiment, *, steps):
+        print("a note")
+        return {"steps": steps}
+
+    monkeypatch.setitem(benchmark.BENCHMARKS, "data", noisy)
+    benchmark.report("data", EXPERIMENT, steps=3)
+    assert capsys.readouterr() == ('{"steps": 3}\n', "a note\n")
 
 
 def test_the_random_batch_is_whole_and_shifted_right():
