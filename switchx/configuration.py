@@ -47,8 +47,10 @@ def build(
     """
     gin.clear_config()
     roots = [*search_paths, str(pathlib.Path(__file__).parent.parent)]
-    for root in roots:
-        gin.add_config_file_search_path(root)
+    # Set rather than added to: the folders of an earlier call are forgotten, and so is gin's reader
+    # of package resources, which fails where the repository is on Python's path.
+    gin_config._LOCATION_PREFIXES[:] = ["", *roots]
+    del gin_config._FILE_READERS[1:]
     if not gin_files:
         raise UserError("no configuration; give --gin_file=gin_configs/switch_tiny.gin")
     for file in gin_files:

@@ -144,7 +144,8 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
     if vocabulary > model.vocab_size:
         raise UserError(
             f"ModelConfig.vocab_size = {model.vocab_size} is too small for vocabulary "
-            f"{data.vocabulary!r} with {vocabulary} ids; set vocab_size to {vocabulary} or more"
+            f"{data.vocabulary!r} with {vocabulary} ids; set vocab_size to {vocabulary} or more, "
+            "or DataConfig.vocabulary to the one the model was made for"
         )
     if model.dtype == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         raise UserError("ModelConfig.dtype = 'float64' needs JAX_ENABLE_X64=1 in the environment")

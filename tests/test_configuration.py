@@ -1,5 +1,8 @@
 import dataclasses
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -230,3 +233,29 @@ def test_one_build_leaves_nothing_to_the_next():
     with pytest.raises(UserError):
         build("TRAIN_STEP=11")
     assert build().train_steps != 11
+
+
+def test_from_another_folder_with_the_repository_on_pythons_path(tmp_path):
+    code = (
+        "from switchx.configuration import build\n"
+        "from switchx.experiment import Experiment\n"
+        "print(build(Experiment, ['gin_configs/switch_tiny.gin']).model.d_model)\n"
+    )
+    for path in (str(ROOT), ""):
+        completed = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (completed.stdout, completed.stderr) == ("128\n", ""), completed
+
+
+def test_search_paths_are_those_of_one_call(tmp_path):
+    (tmp_path / "own.gin").write_text("TRAIN_STEPS = 7\n")
+    files = ["gin_configs/switch_tiny.gin", "own.gin"]
+    assert build(files=files, search_paths=[str(tmp_path)]).train_steps == 7
+    with pytest.raises(UserError, match="--gin_file=own.gin: no such file"):
+        build(files=files)
