@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable
@@ -27,6 +28,19 @@ def closest(name: str, options: Iterable[str]) -> str:
     if match:
         return f"; did you mean {match[0]!r}?"
     return f"; valid: {', '.join(options)}" if options else ""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` of what may hold anything.
+
+    Raises:
+      json.JSONDecodeError: not JSON, or nested too deep for Python's parser.
+      UnicodeDecodeError: bytes that are not UTF-8. Both are ValueErrors.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deep", "", 0) from None
 
 
 def check_types(config: Any) -> None:

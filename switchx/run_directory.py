@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from switchx.errors import UserError
+from switchx.errors import UserError, parse_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow")
 
@@ -114,8 +114,8 @@ class RunDirectory:
           UserError: not JSON.
         """
         try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            return parse_json((self.path / name).read_text(encoding="utf-8"))
+        except ValueError as error:
             raise UserError(f"{self.path / name} is not JSON: {error}") from None
 
     def write_json(self, name: str, value: Any) -> None:
@@ -185,7 +185,7 @@ class JsonLines:
 
 def _step(line: bytes) -> int | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # not JSON, or not UTF-8
         return None
     step = row.get("step") if isinstance(row, dict) else None

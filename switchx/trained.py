@@ -180,13 +180,13 @@ def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
 def read_texts(path: str) -> Iterator[str]:
     """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input."""
     lines = _standard_input() if path == "-" else read_lines(pathlib.Path(path))
-    return (line.rstrip("\n") for line in lines)
+    return (line.rstrip("\r\n") for line in lines)
 
 
 def _standard_input() -> Iterator[str]:
     for number, line in enumerate(sys.stdin.buffer, 1):
         try:
-            yield line.decode("utf-8").rstrip("\r\n")
+            yield line.decode("utf-8")
         except UnicodeDecodeError:
             raise UserError(
                 f"standard input, line {number}: not UTF-8 text; convert it to UTF-8"

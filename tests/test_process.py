@@ -8,6 +8,7 @@ import pytest
 
 from switchx import process
 
+ROOT = pathlib.Path(__file__).parents[1]
 SHOW = """
 from switchx import process
 process.prepare()
@@ -46,7 +47,9 @@ def test_what_the_user_set_is_left_alone(tmp_path, setting):
 
 
 def test_every_script_is_prepared_before_its_heavy_imports():
-    for script in sorted(pathlib.Path("scripts").glob("*.py")):
+    scripts = sorted((ROOT / "scripts").glob("*.py"))
+    assert scripts
+    for script in scripts:
         text = script.read_text()
         assert text.index("process.prepare()\n\nfrom switchx") > 0, script
 

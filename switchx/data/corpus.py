@@ -14,7 +14,7 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from switchx.errors import UserError, closest
+from switchx.errors import UserError, closest, parse_json
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 SPLITS = ("train", "validation", "test")
@@ -253,7 +253,7 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not valid JSON ({error.msg})") from error
         if not isinstance(row, dict):

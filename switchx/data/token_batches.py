@@ -181,8 +181,7 @@ class TokenBatches(Iterator[Batch]):
 
     def position(self) -> dict[str, Any]:
         """Where the next batch is, as integers and a string that go into JSON."""
-        data = {"law": LAW, "data": self.fingerprint}
-        return {"window": self._number, "row": self._row, **data}
+        return {"window": self._number, "row": self._row, "law": LAW, "data": self.fingerprint}
 
     def seek(self, position: Mapping[str, Any]) -> None:
         """Continue exactly as a stream at `position` would. Costs one window wherever it is.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from switchx.errors import UserError
+from switchx.errors import UserError, parse_json
 
 # Of the format and of the code that makes tokens: raise it when either changes what is written.
 VERSION = 1
@@ -69,14 +69,14 @@ class TokenCache:
         self.folder = folder
         try:
             raw = (folder / "cache.json").read_bytes()
-            self.info: dict[str, Any] = json.loads(raw)
+            self.info: dict[str, Any] = parse_json(raw)
             self._dtype = _DTYPES[self.info["dtype"]]
             self.objective: str = self.info["objective"]
             self.splits: tuple[str, ...] = tuple(self.info["splits"])
             names = {f"{part}.{end}" for part in self._parts() for end in ("tokens", "offsets")}
             self._files = {name: self.info["files"][name] for name in sorted(names)}
             sizes = {name: int(file["bytes"]) for name, file in self._files.items()}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise DamagedCache(f"{folder / 'cache.json'} cannot be read: {reason}") from None
         for name, size in sizes.items():

@@ -1,7 +1,6 @@
 """Hugging Face T5 and Switch folders (`save_pretrained`) as switchx models."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from switchx.errors import UserError
+from switchx.errors import UserError, parse_json
 from switchx.interop import rules
 from switchx.interop.rules import Rule
 from switchx.models.config import MAX_LAYERS, ModelConfig
@@ -306,8 +305,8 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise UserError(f"{str(path)!r} should hold one JSON object")

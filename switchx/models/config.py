@@ -6,7 +6,7 @@ import math
 import pathlib
 from typing import Any
 
-from switchx.errors import UserError, check_choice, check_range, check_types, closest
+from switchx.errors import UserError, check_choice, check_range, check_types, closest, parse_json
 from switchx.moe.layer import ACTIVATIONS, MoeConfig
 
 REMAT_POLICIES = ("none", "dots", "full")
@@ -229,8 +229,8 @@ class ModelConfig:
           UserError: not JSON, or a field this version does not have.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise UserError(f"model.json is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError("model.json should hold one JSON object")

@@ -302,11 +302,13 @@ def find_checkpoint(path: pathlib.Path) -> pathlib.Path:
       UserError: there is none.
     """
     path = path.absolute()
-    if (path / "params").is_dir() or (path.name.isdecimal() and _entries(path)):
+    if (path / "params").is_dir():
         return path
     for folder in (path / "checkpoints", path):
         if checkpoints := _checkpoints(folder):
             return checkpoints[0]
+    if path.parent.name == "checkpoints" and path in _checkpoints(path.parent):
+        return path  # without its parameters, which restoring it says
     raise UserError(
         f"{str(path)!r} holds no checkpoint; INITIAL_CHECKPOINT_PATH or MODEL_DIR should be "
         "a run directory, or a step in its checkpoints folder"

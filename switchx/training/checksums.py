@@ -7,6 +7,8 @@ import os
 import pathlib
 from typing import Any
 
+from switchx.errors import parse_json
+
 MANIFEST = "checksums.json"
 _CHUNK = 2**22
 
@@ -34,10 +36,10 @@ def find_damage(folder: pathlib.Path) -> str | None:
     matter.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         return f"{folder.name}/{MANIFEST} cannot be read ({error})"
     if not isinstance(manifest, dict):
         return f"{folder.name}/{MANIFEST} is not one JSON object"

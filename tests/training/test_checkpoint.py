@@ -11,7 +11,7 @@ import pytest
 from switchx import sharding
 from switchx.errors import UserError
 from switchx.models.t5 import T5
-from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
+from switchx.training.checkpoint import BEST_METRIC, Checkpointer, find_checkpoint, restore_from
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import TrainState, create_state
 
@@ -313,6 +313,16 @@ def test_the_state_of_another_optimizer_is_refused(config, plan, tmp_path):
     )
     with pytest.raises(UserError, match="not that of this OptimizerConfig"):
         restore_from(str(tmp_path), other, optimizer=True)
+
+
+def test_a_run_directory_may_be_called_by_a_number(tmp_path):
+    newest = tmp_path / "2024/checkpoints/12"
+    for folder in (newest, newest.with_name("3")):
+        (folder / "params").mkdir(parents=True)
+    assert find_checkpoint(tmp_path / "2024") == newest
+    (newest / "params").rmdir()
+    (newest / "data").mkdir()
+    assert find_checkpoint(tmp_path / "2024") == newest == find_checkpoint(newest)
 
 
 def test_no_checkpoint_there(plan, tmp_path):
