@@ -22,8 +22,11 @@ BEST_METRIC = "cross_entropy"
 # The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
 ITEMS = ("params", "optimizer", "data")
 METRICS = "metrics"
-# Seconds. Orbax gives up a save by the wall clock, which may be set while it saves.
-_FOREVER = 1000 * 365 * 86400
+# Orbax gives up a save by the wall clock, which may be set while it saves. And where folders are
+# made in a thread of their own, others wait for it by the wall clock, five minutes if it fails.
+_ASYNC = ocp.options.AsyncOptions(
+    timeout_secs=1000 * 365 * 86400, create_directories_asynchronously=False
+)
 
 # Orbax logs the traceback of an error in a thread, and raises it, too: once is enough.
 logging.getLogger("absl").addFilter(
@@ -84,7 +87,7 @@ class Checkpointer:
                     create=True,
                     cleanup_tmp_directories=True,
                     temporary_path_class=_ItemPath,
-                    async_options=ocp.options.AsyncOptions(timeout_secs=_FOREVER),
+                    async_options=_ASYNC,
                     # Only with this are the metrics saved, and the best kept after a restart.
                     best_fn=score,
                     preservation_policy=policies.AnyPreservationPolicy(

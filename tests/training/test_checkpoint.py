@@ -1,7 +1,9 @@
+import errno
 import json
 import os
 import pathlib
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +114,29 @@ def test_a_full_disk_is_one_line_that_names_the_last_good_step(plan, tmp_path, m
         checkpointer.save(at_step(state, 2), {})
     assert "\n" not in str(error.value)
     assert_equal(Checkpointer(tmp_path).restore(abstract)[0], at_step(state, 1))
+
+
+def test_a_failed_save_leaves_no_thread_waiting(plan, tmp_path, monkeypatch):
+    state, _ = plan
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(at_step(state, 1), {})
+    checkpointer.wait()
+    before = set(threading.enumerate())
+    mkdir = os.mkdir
+
+    def no_more(path, *args, **kwargs):
+        if pathlib.Path(path).name.startswith("optimizer."):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr("os.mkdir", no_more)
+    with pytest.raises(UserError, match=r"No space left on device.*; step 1 is intact"):
+        checkpointer.save(at_step(state, 2), {})
+        checkpointer.wait()
+    # A process ends when its threads have: these may still finish what they write.
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=60)
+        assert not thread.is_alive() or thread.daemon, thread
 
 
 @pytest.mark.parametrize("where", [".", "checkpoints", "checkpoints/3"])
