@@ -1,7 +1,7 @@
 """`Experiment`: everything a configuration fills, and the checks across its parts."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import optax
@@ -13,7 +13,7 @@ from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
-from switchx.moe.layer import group_shape
+from switchx.moe.layer import MoeConfig, group_shape
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import TrainState, create_state
@@ -115,7 +115,7 @@ class Experiment:
         return lengths["inputs"], lengths["targets"]
 
     @property
-    def train_flops(self) -> int:
+    def train_flops(self) -> float:
         """Model FLOPs of a training step: three times the forward pass of every row."""
         return 3 * self.data.batch_size * self.model.flops_per_sequence(*self.lengths)
 
@@ -165,28 +165,39 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
     _check_axis(mesh, "model", "num_heads", model.num_heads)
     _check_axis(mesh, "model", "d_ff", model.d_ff)
     _check_axis(mesh, "model", "vocab_size", model.vocab_size)
-    if model.moe is None:
-        return
-    _check_axis(mesh, "expert", "moe.num_experts", model.moe.num_experts)
-    if not _groups_fit(experiment, model.moe.group_size, shards):
-        sizes = {
-            group_rows * length
-            for length in data.task_feature_lengths.values()
-            for group_rows in range(1, rows // pieces + 1)
-        }
-        fits = [size for size in sorted(sizes) if _groups_fit(experiment, size, shards)]
+    lengths: dict[str, int] = dict(zip(("encoder", "decoder"), experiment.lengths, strict=True))
+    for moe in dict.fromkeys(model.stack_moe.values()):
+        _check_axis(mesh, "expert", "moe.num_experts", moe.num_experts)
+        if moe.router == "task":
+            _check_tasks(experiment, moe)
+        rows_of = [lengths[stack] for stack, each in model.stack_moe.items() if each == moe]
+        if _groups_fit(experiment, rows_of, moe.group_size, shards):
+            continue
+        sizes = {n * length for length in rows_of for n in range(1, rows // pieces + 1)}
+        fits = [size for size in sorted(sizes) if _groups_fit(experiment, rows_of, size, shards)]
         raise UserError(
-            f"MoeConfig.group_size = {model.moe.group_size}: routing groups of so many tokens do "
+            f"MoeConfig.group_size = {moe.group_size}: routing groups of so many tokens do "
             f"not divide over {pieces} microbatch(es) x {shards} device(s) with BATCH_SIZE = "
             f"{rows} and TASK_FEATURE_LENGTHS = {data.task_feature_lengths}; what fits: "
             f"{', '.join(['row', *map(str, fits[:8])])}"
         )
 
 
-def _groups_fit(experiment: Experiment, group_size: int | str, shards: int) -> bool:
+def _check_tasks(experiment: Experiment, moe: MoeConfig) -> None:
+    tasks = pipeline.task_names(experiment.data)
+    if moe.num_tasks < len(tasks):
+        raise UserError(
+            f"MoeConfig.num_tasks = {moe.num_tasks}: the mixture "
+            f"{experiment.data.mixture_or_task_name!r} has {len(tasks)} tasks; set {len(tasks)}"
+        )
+
+
+def _groups_fit(
+    experiment: Experiment, lengths: Sequence[int], group_size: int | str, shards: int
+) -> bool:
     """Whether groups are the same in a microbatch as in the batch, and divide over devices."""
     rows, pieces = experiment.data.batch_size, experiment.num_microbatches
-    for length in experiment.data.task_feature_lengths.values():
+    for length in lengths:
         try:
             whole = group_shape(rows, length, group_size)
             piece = group_shape(rows // pieces, length, group_size)

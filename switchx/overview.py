@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from switchx import sharding
 from switchx.experiment import Experiment
+from switchx.moe.layer import MoeConfig
 from switchx.training import memory
 from switchx.training.state import TrainState, num_bytes
 
@@ -24,19 +25,21 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
     have = memory.available()
     devices = jax.devices()
     layers = f"{model.num_encoder_layers}+{model.num_decoder_layers} layers"
-    experts = ""
-    if model.moe:
-        sparse = f"{sum(model.encoder_sparse)}+{sum(model.decoder_sparse)} of them sparse"
-        slots = f"capacity {model.moe.expert_capacity}"
-        if model.moe.expert_capacity is None:
-            factors = model.moe.capacity_factor, model.moe.eval_capacity_factor
-            slots = f"capacity factor {factors[0]} (eval {factors[1]})"
-        experts = f", {sparse} with {model.moe.num_experts} experts, {slots}"
+    sparse = {"encoder": sum(model.encoder_sparse), "decoder": sum(model.decoder_sparse)}
+    described = {stack: _experts(moe, mesh.size) for stack, moe in model.stack_moe.items()}
+    experts = [
+        f"experts      {stack}: {sparse[stack]} layers with {text}"
+        for stack, text in described.items()
+    ]
+    if len(described) == 2 and len(set(described.values())) == 1:
+        layers_with = f"{sparse['encoder']}+{sparse['decoder']} layers with"
+        experts = [f"experts      {layers_with} {described['encoder']}"]
     layout = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
-        f"{model.num_heads} heads, vocabulary {model.vocab_size}{experts}",
+        f"{model.num_heads} heads, vocabulary {model.vocab_size}",
+        *experts,
         f"parameters   {model.num_params:,} in all, {model.num_active_params:,} per token",
         f"data         {experiment.data.mixture_or_task_name}: "
         f"{experiment.data.batch_size} rows of "
@@ -51,6 +54,16 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]
     return "\n".join(lines)
+
+
+def _experts(moe: MoeConfig, num_devices: int) -> str:
+    slots = f"capacity {moe.expert_capacity}"
+    if moe.expert_capacity is None:
+        slots = f"capacity factor {moe.capacity_factor} (eval {moe.eval_capacity_factor})"
+    choices = f" top-{moe.num_choices}" if moe.num_choices > 1 else ""
+    shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
+    backend = moe.backend(train=True, num_devices=num_devices)
+    return f"{moe.num_experts} experts{shared}, router {moe.router}{choices}, {slots}, {backend}"
 
 
 def _gib(size: int) -> str:

@@ -72,7 +72,6 @@ def compile_step(
     step = make_train_step(
         T5(experiment.model),
         experiment.loss,
-        experiment.model.moe,
         optimizer,
         num_microbatches=experiment.num_microbatches,
         log_norms=experiment.log_norms,
@@ -263,8 +262,7 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         if not hasattr(self, "eval_step"):
-            eval_step = make_eval_step(self.model, self.experiment.loss, self.experiment.model.moe)
-            self.eval_step = jax.jit(eval_step)
+            self.eval_step = jax.jit(make_eval_step(self.model, self.experiment.loss))
         placed = map(self._place, self.eval_batches)
         summary = self.summarize(evaluate(self.eval_step, state.params, placed))
         self.writer.write(step, f"eval/{self.task}", summary)
@@ -288,6 +286,7 @@ class _Run:
                 self.experiment.model,
                 state.params,
                 batch.encoder_tokens,
+                encoder_task_ids=batch.encoder_task_ids,
                 max_length=min(self.experiment.sample_length, self.experiment.lengths[1]),
             )
         )

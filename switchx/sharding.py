@@ -80,6 +80,11 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def num_devices() -> int:
+    """Devices of the mesh in `use`; 1 outside."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape.values())
+
+
 def axes(init: Callable[..., Any], names: tuple[str | None, ...]) -> Callable[..., Any]:
     """Initializer whose parameter carries the logical names of its dimensions."""
     return nn.with_logical_partitioning(init, names)

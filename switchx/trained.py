@@ -87,7 +87,7 @@ def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[
     with sharding.use(trained.mesh):
         where = sharding.batch_sharding(trained.mesh)
         summary = summarizer(model)
-        eval_step = jax.jit(make_eval_step(T5(model), experiment.loss, model.moe))
+        eval_step = jax.jit(make_eval_step(T5(model), experiment.loss))
         for task in tasks:
             with _notes():
                 batches = pipeline.build_eval(
@@ -132,6 +132,7 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
                     experiment.model,
                     trained.params,
                     jax.device_put(tokens, where),
+                    encoder_task_ids=jax.device_put(np.zeros_like(tokens), where),
                     max_length=max_length,
                 )
             )

@@ -1,4 +1,4 @@
-"""`Batch`: a pytree of eight arrays, of NumPy, JAX or shapes alike."""
+"""`Batch`: a pytree of ten arrays, of NumPy, JAX or shapes alike."""
 
 import dataclasses
 
@@ -11,12 +11,18 @@ from jaxtyping import TypeCheckError
 from switchx.batch import Batch
 
 B, S, T = 3, 7, 5
-ENCODER = ("encoder_tokens", "encoder_segment_ids", "encoder_positions")
+ENCODER = (
+    "encoder_tokens",
+    "encoder_segment_ids",
+    "encoder_positions",
+    "encoder_task_ids",
+)
 DECODER = (
     "decoder_input_tokens",
     "decoder_target_tokens",
     "decoder_segment_ids",
     "decoder_positions",
+    "decoder_task_ids",
 )
 
 

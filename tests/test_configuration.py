@@ -10,6 +10,7 @@ from switchx import configuration, sharding
 from switchx.errors import UserError
 from switchx.experiment import Experiment, check_fits
 from switchx.models.config import ModelConfig
+from switchx.moe.routing import ROUTERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 ENTRIES = sorted(path.name for path in (ROOT / "gin_configs").glob("*.gin"))
@@ -28,6 +29,14 @@ def test_every_entry_configuration_builds(entry):
 
 # Sizes as published or, for what nobody published, counted by hand; see docs/models.md.
 MODELS = {
+    "deepseek_moe_base": 1_857_700_480,
+    "expert_choice_base": 3_815_423_232,
+    "gshard_600b": 619_301_008_384,
+    "olmoe_base": 1_041_480_960,
+    "openmoe_base": 700_641_024,
+    "st_moe_32b": 269_104_613_376,
+    "st_moe_base": 700_641_024,
+    "st_moe_large": 4_091_291_648,
     "switch_base": 619_339_008,
     "switch_c": 1_571_375_798_688,
     "switch_large": 26_309_291_008,
@@ -83,6 +92,36 @@ def test_the_table_of_models():
         for name, config in {name: model(name) for name in MODELS}.items()
     }
     assert found == expected
+
+
+ROUTER_FILES = sorted(path.stem for path in (ROOT / "gin_configs/routers").glob("*.gin"))
+
+
+@pytest.mark.parametrize("name", ROUTER_FILES)
+def test_router_files_go_on_any_sparse_model(name):
+    for entry in ("switch_tiny", "switch_large"):
+        files = [f"gin_configs/{entry}.gin", f"gin_configs/routers/{name}.gin"]
+        model = build(files=files).model
+        assert model.stack_moe["decoder"].causal
+        # Where the encoder's may not decode, the decoder is the Switch Transformer's.
+        if not model.moe.causal:
+            plain = build(files=files[:1]).model.moe
+            expected = dataclasses.replace(plain, group_size=model.decoder_moe.group_size)
+            assert model.decoder_moe == expected
+
+
+def test_every_router_has_a_file_and_a_line():
+    used = {
+        build(
+            files=["gin_configs/switch_tiny.gin", f"gin_configs/routers/{name}.gin"]
+        ).model.moe.router
+        for name in ROUTER_FILES
+    }
+    assert used == set(ROUTERS)
+    lines = (ROOT / "docs/routing.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("| `")]
+    causal = {row[1].strip("`"): row[5] for row in rows}
+    assert causal == {name: "yes" if s.causal else "no" for name, s in ROUTERS.items()}
 
 
 def test_published_sizes_of_switch_base():

@@ -22,10 +22,10 @@ def text(monkeypatch, free: int) -> str:
 
 def test_one_screen_says_what_will_run(monkeypatch):
     screen = text(monkeypatch, free=64 * 2**30)
-    assert len(screen.splitlines()) <= 10
+    assert len(screen.splitlines()) <= 11
     assert f"{EXPERIMENT.model.num_params:,} in all" in screen
     assert f"{EXPERIMENT.model.num_active_params:,} per token" in screen
-    assert "6+6 of them sparse with 6 experts" in screen
+    assert "6+6 layers with 6 experts, router switch, capacity factor 1.25 (eval 2.0)" in screen
     assert "24 rows of 128 + 30 tokens" in screen
     assert "mesh 2 data x 1 expert x 1 model" in screen
     assert "64.00 GiB free" in screen and "MORE THAN" not in screen

@@ -14,6 +14,7 @@ from switchx import sharding
 from switchx.errors import UserError
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
+from switchx.moe.assignment import Tokens
 from switchx.moe.layer import MoeConfig, MoeLayer
 
 
@@ -198,7 +199,7 @@ def loss_and_gradients(**shape):
         weights_BT1 = batch["decoder_mask"][..., None]
         return jnp.sum(jnp.sin(output.logits) * weights_BT1) + router, (
             [layer.tokens_per_expert_E for layer in layers],
-            [layer.num_dropped for layer in layers],
+            [layer.num_dropped_K for layer in layers],
         )
 
     with sharding.use(mesh):
@@ -246,7 +247,9 @@ class TestCommunication:
         mask_BT = jax.ShapeDtypeStruct(
             (rows, length), jnp.bool, sharding=sharding.batch_sharding(mesh)
         )
-        boxed = jax.eval_shape(layer.init, jax.random.key(0), x_BTD, mask_BT)["params"]
+        boxed = jax.eval_shape(
+            lambda x, mask: layer.init(jax.random.key(0), x, Tokens(mask)), x_BTD, mask_BT
+        )["params"]
         params = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
             nn.unbox(boxed),
@@ -254,7 +257,7 @@ class TestCommunication:
         )
 
         def loss(params, x_BTD, mask_BT):
-            y_BTD, stats = layer.apply({"params": params}, x_BTD, mask_BT)
+            y_BTD, stats = layer.apply({"params": params}, x_BTD, Tokens(mask_BT))
             return jnp.sum(jnp.sin(y_BTD)) + stats.load_balance_loss + stats.router_z_loss
 
         with sharding.use(mesh):

@@ -16,6 +16,7 @@ from switchx.errors import UserError
 from switchx.experiment import Experiment
 from switchx.models.config import ModelConfig
 from switchx.moe.layer import MoeConfig
+from switchx.moe.routing import ROUTERS
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig
 
@@ -24,6 +25,20 @@ TASKS = (FileTask, TfdsTask, Mixture)
 # What the fields that choose may hold, so that something beyond the choice is reached.
 WORDS = ("adamw", "adafactor", "linear", "cosine", "constant", "rsqrt", "mixed", "top", "row")
 WORDS += ("relu", "gelu", "bfloat16", "full", "skip", "stop", "bytes", "data", "inputs", "targets")
+
+# A configuration of every router, with experts of several numbers and kinds.
+ROUTED = [
+    MoeConfig(
+        num_experts=2 + 9 * index,
+        router=router,
+        expert_capacity=3 if scheme.capacity == "absolute" else None,
+        expert_d_ff=5 if index % 2 else None,
+        expert_bias=index % 3 == 0,
+        num_shared_experts=index % 4,
+        expert_activations=("silu", "linear") if index % 5 == 0 else None,
+    )
+    for index, (router, scheme) in enumerate(ROUTERS.items())
+]
 
 scalars = st.one_of(
     st.integers(-3, 70),
@@ -87,7 +102,8 @@ def examples(number: int) -> Any:
 @examples(150)
 @given(data=st.data())
 def test_any_values_are_accepted_or_refused_in_one_line(config_class, data):
-    special = {"moe": st.one_of(values, st.builds(MoeConfig)), "task_feature_lengths": lengths}
+    moe = st.one_of(values, st.sampled_from(ROUTED))
+    special = {"moe": moe, "decoder_moe": moe, "task_feature_lengths": lengths}
     build(data.draw, config_class, **special)
 
 
@@ -120,7 +136,9 @@ model_fields = st.fixed_dictionaries(
         "relative_attention_num_buckets": st.integers(0, 64),
         "dropout_rate": st.floats(-0.5, 1.5),
         "scan_layers": st.booleans(),
-        "moe": st.none() | st.builds(MoeConfig, num_experts=st.integers(1, 64)),
+        "moe": st.none() | st.sampled_from(ROUTED),
+        "decoder_moe": st.none() | st.sampled_from(ROUTED),
+        "extra_mlp": st.booleans(),
     },
 )
 

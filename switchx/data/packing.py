@@ -62,10 +62,10 @@ class BatchWriter:
         self._encoder = {key: np.zeros([num_rows, inputs_length], np.int32) for key in _KEYS}
         self._decoder = {key: np.zeros([num_rows, targets_length], np.int32) for key in _KEYS}
 
-    def write(self, places: "Places", tokens: Sides) -> None:
-        """Write examples, whose tokens are concatenated in the order of their places."""
-        _write(self._encoder, places.rows, places.segments, places.inputs, tokens.inputs)
-        _write(self._decoder, places.rows, places.segments, places.targets, tokens.targets)
+    def write(self, places: "Places", tokens: Sides, task_id: int = 0) -> None:
+        """Write examples of a task, whose tokens are concatenated in the order of their places."""
+        _write(self._encoder, places.rows, places.segments, places.inputs, tokens.inputs, task_id)
+        _write(self._decoder, places.rows, places.segments, places.targets, tokens.targets, task_id)
 
     def batch(self) -> Batch:
         """The finished batch."""
@@ -82,6 +82,8 @@ class BatchWriter:
             decoder_segment_ids=decoder["segment_ids"],
             decoder_positions=decoder["positions"],
             decoder_loss_weights=(decoder["segment_ids"] > 0).astype(np.float32),
+            encoder_task_ids=encoder["task_ids"],
+            decoder_task_ids=decoder["task_ids"],
         )
 
 
@@ -132,7 +134,7 @@ def assemble(rows: Sequence[Row], num_rows: int, inputs_length: int, targets_len
     return writer.batch()
 
 
-_KEYS = ("tokens", "segment_ids", "positions")
+_KEYS = ("tokens", "segment_ids", "positions", "task_ids")
 
 
 def _write(
@@ -141,6 +143,7 @@ def _write(
     segments: np.ndarray,
     span: Span,
     tokens: np.ndarray,
+    task_id: int,
 ) -> None:
     # Where an example's tokens begin in the flat batch, and where in `tokens`.
     begins = rows * arrays["tokens"].shape[1] + span.starts
@@ -149,3 +152,5 @@ def _write(
     arrays["tokens"].ravel()[where] = tokens
     arrays["segment_ids"].ravel()[where] = np.repeat(segments, span.lengths)
     arrays["positions"].ravel()[where] = positions
+    if task_id:
+        arrays["task_ids"].ravel()[where] = task_id

@@ -308,7 +308,12 @@ def _cached(config: DataConfig, name: str) -> list[Member] | None:
         for task, cache in caches.items():
             _check_split(task, "train", cache.splits)
         rates = mixing_rates(mixture, {t: c.num_examples("train") for t, c in caches.items()})
-    return [Member(task, cache, rates[task]) for task, cache in caches.items()]
+    # Numbered in the mixture that is trained on, also where one of its tasks is evaluated alone.
+    order = _task_names(config, config.mixture_or_task_name)[0]
+    return [
+        Member(task, cache, rates[task], order.index(task) if task in order else 0)
+        for task, cache in caches.items()
+    ]
 
 
 def _find(config: DataConfig, name: str) -> Any:

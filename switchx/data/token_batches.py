@@ -34,11 +34,12 @@ LAW = 1
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A task of a mixture: its name, its tokens and its share. A task alone has share 1."""
+    """A task of a mixture: its name, tokens, share and number. A task alone has share 1."""
 
     name: str
     cache: TokenCache
     rate: float = 1.0
+    task_id: int = 0
 
 
 def examples_of(
@@ -67,9 +68,11 @@ class Window:
         config: "DataConfig",
         drawn: Sequence[Drawn],
         member: np.ndarray,
+        task_ids: Sequence[int],
     ) -> None:
         """`member[i]` is which of `drawn` example i is from; each is used in its own order."""
         self._drawn = drawn
+        self._task_ids = task_ids
         self._member = member
         self._index = np.empty(len(member), np.int64)
         lengths = np.empty((2, len(member)), np.int64)
@@ -104,7 +107,8 @@ class Window:
         for i, drawn in enumerate(self._drawn):
             (mine,) = np.nonzero(members == i)
             if len(mine):
-                writer.write(where.take(mine), drawn.read(self._index[examples[mine]]))
+                tokens = drawn.read(self._index[examples[mine]])
+                writer.write(where.take(mine), tokens, self._task_ids[i])
 
 
 class TokenBatches(Iterator[Batch]):
@@ -228,7 +232,8 @@ class TokenBatches(Iterator[Batch]):
         ]
         if member is None:
             member = np.zeros(len(numbers[0]), np.int64)
-        return Window(self._config, drawn, member)
+        task_ids = [member.task_id for member in self._members]
+        return Window(self._config, drawn, member, task_ids)
 
     def _of_epoch(self, number: int) -> np.ndarray:
         count = self._examples[0].count
@@ -256,7 +261,7 @@ def rows_in_order(
     for number, first in enumerate(range(0, examples.count, step)):
         numbers = np.arange(first, min(first + step, examples.count))
         drawn = examples.draw(numbers, generator(seed, "noise", member.name, number))
-        window = Window(config, [drawn], np.zeros(len(numbers), np.int64))
+        window = Window(config, [drawn], np.zeros(len(numbers), np.int64), [member.task_id])
         yield from ((window, row) for row in range(len(window)))
 
 

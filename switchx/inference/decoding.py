@@ -10,30 +10,44 @@ from jaxtyping import Array, Int
 
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5, output_head
+from switchx.moe.layer import MoeConfig
+from switchx.moe.routing import ROUTERS
 
 PAD_ID = 0
 EOS_ID = 1
 
 
 def dropless(config: ModelConfig) -> ModelConfig:
-    """The same model with room for any routing, so that no row depends on its batch mates."""
-    if config.moe is None:
-        return config
-    moe = dataclasses.replace(
-        config.moe, eval_capacity_factor=None, expert_capacity=None, group_size="row"
-    )
-    return dataclasses.replace(config, moe=moe)
+    """The same model with room for any routing, so that no row depends on its batch mates.
+
+    Experts that choose keep their capacity, and mixtures their slots, within each row.
+    """
+
+    def alone(moe: MoeConfig | None) -> MoeConfig | None:
+        if moe is None:
+            return None
+        if ROUTERS[moe.router].capacity != "any":
+            return dataclasses.replace(moe, group_size="row")
+        room: dict[str, Any] = {"eval_capacity_factor": None, "expert_capacity": None}
+        return dataclasses.replace(moe, group_size="row", **room)
+
+    return dataclasses.replace(config, moe=alone(config.moe), decoder_moe=alone(config.decoder_moe))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "max_length"))
 def greedy(
-    config: ModelConfig, params: Any, encoder_tokens: Int[Array, "B S"], *, max_length: int
+    config: ModelConfig,
+    params: Any,
+    encoder_tokens: Int[Array, "B S"],
+    *,
+    encoder_task_ids: Int[Array, "B S"] | None = None,
+    max_length: int,
 ) -> Int[Array, "B T"]:
     """The most probable token at every step, until end-of-sequence or `max_length` tokens.
 
     The decoder runs over the whole prefix at each step: simple, and exactly the teacher-forced
     model. Routing drops nothing, and padding (token 0) of the inputs is masked, so a row's
-    result does not depend on the rest of the batch.
+    result does not depend on the rest of the batch. A row's task is that of its first token.
 
     Returns:
       Tokens [B, max_length], int32: after end-of-sequence only padding.
@@ -41,8 +55,17 @@ def greedy(
     model = T5(dropless(config))
     variables = {"params": params}
     encoder_mask = encoder_tokens != PAD_ID
-    encoded = model.apply(variables, encoder_tokens, encoder_mask=encoder_mask, method="encode")
+    encoded = model.apply(
+        variables,
+        encoder_tokens,
+        encoder_mask=encoder_mask,
+        encoder_task_ids=encoder_task_ids,
+        method="encode",
+    )
     batch = encoder_tokens.shape[0]
+    decoder_task_ids = None
+    if encoder_task_ids is not None:
+        decoder_task_ids = jnp.broadcast_to(encoder_task_ids[:, :1], (batch, max_length))
     head_VD = output_head(params)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
@@ -55,7 +78,12 @@ def greedy(
         position, tokens_BT, done_B = carry
         # Later positions hold padding, which a causal decoder cannot see.
         decoded_BTD, _ = model.apply(
-            variables, tokens_BT[:, :-1], encoded, encoder_mask=encoder_mask, method="decode"
+            variables,
+            tokens_BT[:, :-1],
+            encoded,
+            encoder_mask=encoder_mask,
+            decoder_task_ids=decoder_task_ids,
+            method="decode",
         )
         state_BD = jax.lax.dynamic_index_in_dim(decoded_BTD, position, axis=1, keepdims=False)
         logits_BV = state_BD @ head_VD.astype(state_BD.dtype).T

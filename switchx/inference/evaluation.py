@@ -3,23 +3,19 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
-
 from switchx.batch import Batch
-from switchx.moe.layer import MoeConfig
+from switchx.models.t5 import T5
 from switchx.training.losses import LossConfig
 from switchx.training.metrics import Sums
 from switchx.training.step import make_loss, token_counts
 
 
-def make_eval_step(
-    model: nn.Module, loss_config: LossConfig, moe: MoeConfig | None
-) -> Callable[[Any, Batch], Sums]:
+def make_eval_step(model: T5, loss_config: LossConfig) -> Callable[[Any, Batch], Sums]:
     """The function from (params, batch) to sums: no dropout, no jitter, eval capacity factor."""
-    loss = make_loss(model, loss_config, moe, train=False)
+    loss = make_loss(model, loss_config, train=False)
 
     def eval_step(params: Any, batch: Batch) -> Sums:
-        return loss(params, batch, None, token_counts(batch, moe))[1]
+        return loss(params, batch, None, token_counts(batch, model.config.stack_moe))[1]
 
     return eval_step
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 
+from switchx.errors import UserError
 from switchx.interop.rules import Rule
 from switchx.models.config import ModelConfig
 from switchx.models.stacking import segments
+from switchx.moe.routing import ROUTERS
 
 
 def rules(config: ModelConfig) -> Iterator[Rule]:
@@ -13,8 +15,17 @@ def rules(config: ModelConfig) -> Iterator[Rule]:
     T5X's names are paths inside `target` with "/" between them. Published T5X checkpoints name
     every layer; with `config.scan_layers` our parameters stack several of theirs. Nothing is
     transposed: kernels are [in, out], experts [E, in, out] and the position bias [H, buckets] there
-    as here. Flaxformer's `extra_mlp` (ST-MoE) has no counterpart.
+    as here.
+
+    Raises:
+      UserError: sparse layers that T5X does not have.
     """
+    for moe in config.stack_moe.values():
+        if moe.router == "loss_free" or ROUTERS[moe.router].gate != "linear":
+            raise UserError(f"MoeConfig.router = {moe.router!r}: T5X has no such router")
+        for field in ("num_shared_experts", "expert_bias"):
+            if value := getattr(moe, field):
+                raise UserError(f"MoeConfig.{field} = {value}: T5X has no such experts")
     yield _same("token_embedder/embedding")
     if not config.tie_embeddings:
         yield Rule("logits_dense/kernel", ("decoder/logits_dense/kernel",))
@@ -64,10 +75,14 @@ def _layer_names(config: ModelConfig, stack: str, sparse: bool) -> Iterator[str]
     inputs = [f"wi_{index}" for index in range(len(config.activations))] if gated else ["wi"]
     for kernel in (*inputs, "wo"):
         yield f"mlp/expert/{kernel}" if sparse else f"mlp/{kernel}/kernel"
-    if sparse and config.moe is not None:
+    if sparse:
         yield "mlp/router/kernel"
-        if config.moe.router_bias:
+        if config.stack_moe[stack].router_bias:
             yield "mlp/router/bias"
+    if sparse and config.extra_mlp:
+        yield "pre_extra_mlp_layer_norm/scale"
+        for kernel in (*inputs, "wo"):
+            yield f"extra_mlp/{kernel}/kernel"
 
 
 def _their_name(name: str) -> str:

@@ -4,10 +4,12 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from switchx.errors import UserError, check_choice, check_range, check_types, closest, parse_json
-from switchx.moe.layer import ACTIVATIONS, MoeConfig
+from switchx.moe.layer import MoeConfig, check_activations
+from switchx.moe.routing import ROUTERS
 
 REMAT_POLICIES = ("none", "dots", "full")
 # Beyond any model there is, and what can still be counted layer by layer in no time.
@@ -34,6 +36,10 @@ class ModelConfig:
         their own rate in `moe`.
       init_scale: s of the truncated normal of variance s / fan_in (arXiv:2101.03961, §2.4).
       moe: the sparse layers; None for a dense model.
+      decoder_moe: the decoder's sparse layers, where they are not like the encoder's; None is
+        `moe`. A decoder takes only routers that look at no later token.
+      extra_mlp: whether a dense feed-forward sub-layer follows every sparse one (ST-MoE,
+        arXiv:2202.08906, appendix C).
       sparse_every: one layer in this many is sparse, in each stack.
       sparse_layout: where the num_layers // sparse_every sparse layers are: "mixed" is the last of
         every `sparse_every`, the others are consecutive.
@@ -61,6 +67,8 @@ class ModelConfig:
     dropout_rate: float = 0.0
     init_scale: float = 0.1
     moe: MoeConfig | None = None
+    decoder_moe: MoeConfig | None = None
+    extra_mlp: bool = False
     sparse_every: int = 2
     sparse_layout: str = "mixed"
     encoder_sparse_layers: tuple[int, ...] | list[int] | None = None
@@ -103,13 +111,7 @@ class ModelConfig:
         check_choice(self, "sparse_layout", SPARSE_LAYOUTS)
         check_choice(self, "dtype", ("float32", "bfloat16", "float64"))
         check_choice(self, "remat", REMAT_POLICIES)
-        check_range(self, "activations", len(self.activations) >= 1, "one name or more")
-        for name in self.activations:
-            if name not in ACTIVATIONS:
-                raise UserError(
-                    f"ModelConfig.activations = {self.activations}: "
-                    f"{name!r} is unknown{closest(name, ACTIVATIONS)}"
-                )
+        check_activations(self, "activations")
         for field, depth in (
             ("encoder_sparse_layers", self.num_encoder_layers),
             ("decoder_sparse_layers", self.num_decoder_layers),
@@ -126,6 +128,35 @@ class ModelConfig:
                 f"{self.num_decoder_layers} layers is sparse; change those, or take a t5 "
                 "configuration (moe = None)"
             )
+        self._check_decoder()
+
+    def _check_decoder(self) -> None:
+        if self.decoder_moe is not None and self.moe is None:
+            raise UserError(
+                "ModelConfig.decoder_moe is set and moe is None; set moe, and "
+                "encoder_sparse_layers = () for a dense encoder"
+            )
+        moe = self.decoder_moe or self.moe
+        if moe is None or moe.causal or not any(self.decoder_sparse):
+            return
+        name = "moe" if self.decoder_moe is None else "decoder_moe"
+        causal = ", ".join(router for router, scheme in ROUTERS.items() if scheme.causal)
+        what = f"router = {moe.router!r}"
+        if ROUTERS[moe.router].causal:
+            what, causal = f"priority = {moe.priority!r}", "priority 'choice' or 'token'"
+        raise UserError(
+            f"ModelConfig.{name}: {what} looks at later tokens, which a decoder may not; set "
+            f"decoder_moe to a MoeConfig with one of: {causal}"
+        )
+
+    @property
+    def stack_moe(self) -> dict[str, MoeConfig]:
+        """The sparse layers' configuration of each stack that has any."""
+        stacks = {
+            "encoder": (self.moe, self.encoder_sparse),
+            "decoder": (self.decoder_moe or self.moe, self.decoder_sparse),
+        }
+        return {name: moe for name, (moe, sparse) in stacks.items() if moe and any(sparse)}
 
     @property
     def encoder_sparse(self) -> tuple[bool, ...]:
@@ -154,25 +185,26 @@ class ModelConfig:
     @property
     def num_params(self) -> int:
         """Trainable parameters, all of them."""
-        return self._count_params(experts=self.moe.num_experts if self.moe else 0)
+        return self._count_params(MoeConfig.num_params)
 
     @property
     def num_active_params(self) -> int:
         """Parameters a token passes through: each sparse layer counted with its K experts."""
-        return self._count_params(experts=self.moe.top_k if self.moe else 0)
+        return self._count_params(MoeConfig.num_active_params)
 
-    def _count_params(self, experts: int) -> int:
+    def _count_params(self, count: Callable[..., int]) -> int:
         width, inner = self.d_model, self.num_heads * self.head_dim
         ffn = (len(self.activations) + 1) * width * self.d_ff
-        router = 0
-        if self.moe:
-            router = (width + self.moe.router_bias) * self.moe.num_experts
         attention = 4 * width * inner
         position_bias = self.relative_attention_num_buckets * self.num_heads
 
-        def stack(sparse: tuple[bool, ...], sublayers: int) -> int:
+        def stack(name: str, sparse: tuple[bool, ...], sublayers: int) -> int:
+            sparse_layer = 0
+            if any(sparse):
+                sparse_layer = count(self.stack_moe[name], width, self.d_ff, self.activations)
+                sparse_layer += (ffn + width) * self.extra_mlp
             layers = sum(
-                (experts * ffn + router if is_sparse else ffn)
+                (sparse_layer if is_sparse else ffn)
                 + (sublayers - 1) * attention
                 + sublayers * width  # norms
                 for is_sparse in sparse
@@ -180,9 +212,10 @@ class ModelConfig:
             return layers + width + position_bias
 
         embeddings = (1 if self.tie_embeddings else 2) * self.vocab_size * width
-        return embeddings + stack(self.encoder_sparse, 2) + stack(self.decoder_sparse, 3)
+        encoder = stack("encoder", self.encoder_sparse, 2)
+        return embeddings + encoder + stack("decoder", self.decoder_sparse, 3)
 
-    def flops_per_sequence(self, encoder_length: int, decoder_length: int) -> int:
+    def flops_per_sequence(self, encoder_length: int, decoder_length: int) -> float:
         """Forward FLOPs of the matmuls of one (encoder, decoder) row, 2 per multiply-add.
 
         Projections, attention scores and sums over full (unmasked) lengths, feed-forward
@@ -191,7 +224,13 @@ class ModelConfig:
         """
         width, inner = self.d_model, self.num_heads * self.head_dim
         ffn = 2 * (len(self.activations) + 1) * width * self.d_ff
-        moe = self.moe.top_k * ffn + 2 * width * self.moe.num_experts if self.moe else 0
+
+        def feed_forward(name: str, sparse: tuple[bool, ...], length: int) -> float:
+            dense = sum(not is_sparse for is_sparse in sparse) * ffn
+            if not any(sparse):
+                return length * dense
+            layer = self.stack_moe[name].flops_per_token(width, self.d_ff, self.activations, length)
+            return length * (dense + sum(sparse) * (layer + self.extra_mlp * ffn))
 
         def self_attention(length: int) -> int:
             return length * 2 * 4 * width * inner + 2 * 2 * length * length * inner
@@ -200,16 +239,10 @@ class ModelConfig:
             2 * (decoder_length + encoder_length) * 2 * width * inner
             + 2 * 2 * decoder_length * encoder_length * inner
         )
-        encoder = sum(
-            self_attention(encoder_length) + encoder_length * (moe if sparse else ffn)
-            for sparse in self.encoder_sparse
-        )
-        decoder = sum(
-            self_attention(decoder_length)
-            + cross_attention
-            + decoder_length * (moe if sparse else ffn)
-            for sparse in self.decoder_sparse
-        )
+        encoder = self.num_encoder_layers * self_attention(encoder_length)
+        encoder += feed_forward("encoder", self.encoder_sparse, encoder_length)
+        decoder = self.num_decoder_layers * (self_attention(decoder_length) + cross_attention)
+        decoder += feed_forward("decoder", self.decoder_sparse, decoder_length)
         return encoder + decoder + decoder_length * 2 * width * self.vocab_size
 
     def flops_per_token(self, encoder_length: int = 512, decoder_length: int = 114) -> float:
@@ -234,12 +267,12 @@ class ModelConfig:
             raise UserError(f"model.json is not JSON: {error}") from None
         if not isinstance(values, dict):
             raise UserError("model.json should hold one JSON object")
-        moe = values.pop("moe", None)
-        if moe is not None and not isinstance(moe, dict):
-            raise UserError(f"model.json: moe = {moe!r} should be one JSON object or null")
-        return _from_dict(
-            cls, {**values, "moe": None if moe is None else _from_dict(MoeConfig, moe)}
-        )
+        for field in ("moe", "decoder_moe"):
+            moe = values.get(field)
+            if moe is not None and not isinstance(moe, dict):
+                raise UserError(f"model.json: {field} = {moe!r} should be one JSON object or null")
+            values[field] = None if moe is None else _from_dict(MoeConfig, moe)
+        return _from_dict(cls, values)
 
 
 def read_config(

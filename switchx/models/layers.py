@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from switchx.models.config import ModelConfig
-from switchx.moe.layer import ACTIVATIONS
+from switchx.moe.experts import ACTIVATIONS
 from switchx.sharding import axes
 
 

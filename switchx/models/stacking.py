@@ -40,6 +40,22 @@ def segments(sparse: tuple[bool, ...]) -> tuple[Segment, ...]:
     return tuple(found)
 
 
+def sparse_layers(config: ModelConfig, stack: str) -> list[tuple[tuple[str, ...], list[int]]]:
+    """Where the parameters of a stack's sparse layers are: path, and the layers stacked there."""
+    sparse = config.encoder_sparse if stack == "encoder" else config.decoder_sparse
+    if not config.scan_layers:
+        return [((f"layers_{n}",), [n]) for n, is_sparse in enumerate(sparse) if is_sparse]
+    return [
+        (
+            (f"blocks_{first}", f"layers_{index}"),
+            [first + index + repeat * len(pattern) for repeat in range(repeats)],
+        )
+        for first, pattern, repeats in segments(sparse)
+        for index, is_sparse in enumerate(pattern)
+        if is_sparse
+    ]
+
+
 def stack_layers(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """Parameters named by layer (`scan_layers=False`) → stacked by block (`scan_layers=True`)."""
 

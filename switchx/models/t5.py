@@ -22,7 +22,7 @@ from switchx.models.layers import (
     dropout,
 )
 from switchx.models.stacking import Segment, segments
-from switchx.moe.assignment import RouterStats
+from switchx.moe.assignment import RouterStats, Tokens
 from switchx.moe.layer import MoeLayer
 from switchx.sharding import constrain
 
@@ -59,7 +59,7 @@ class T5Layer(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask_BT: Bool[Array, "B T"],
+        tokens: Tokens,
         self_mask: Bool[Array, "B 1 _ T"],
         bias: Float[Array, "1 H T T"],
         encoded_BSD: Float[Array, "B S D"] | None = None,
@@ -84,20 +84,24 @@ class T5Layer(nn.Module):
             x_BTD += dropout(config, train)(attention(h_BTD, encoded_BSD, cross_mask))
 
         h_BTD, stats = norm("mlp")(x_BTD), ()
-        if self.sparse and config.moe is not None:
+        if self.sparse:
             h_BTD, layer_stats = MoeLayer(
-                config.moe,
+                config.stack_moe["decoder" if is_decoder else "encoder"],
                 config.d_ff,
                 tuple(config.activations),
                 config.init_scale,
+                config.vocab_size,
                 train,
                 self.capture_router,
                 name="mlp",
-            )(h_BTD, mask_BT)
+            )(h_BTD, tokens)
             stats = (layer_stats,)
         else:
             h_BTD = Mlp(config, train, name="mlp")(h_BTD)
         x_BTD += dropout(config, train)(h_BTD)
+        if self.sparse and config.extra_mlp:
+            h_BTD = Mlp(config, train, name="extra_mlp")(norm("extra_mlp")(x_BTD))
+            x_BTD += dropout(config, train)(h_BTD)
         return x_BTD, stats
 
 
@@ -144,8 +148,7 @@ class Stack(nn.Module):
     def __call__(
         self,
         x_BTD: Float[Array, "B T D"],
-        mask_BT: Bool[Array, "B T"],
-        segment_ids_BT: Int[Input, "B T"] | None,
+        tokens: Tokens,
         encoded_BSD: Float[Array, "B S D"] | None = None,
         cross_mask: Bool[Array, "B 1 _ S"] | None = None,
         *,
@@ -156,12 +159,13 @@ class Stack(nn.Module):
         config = self.config
         mode = {"train": train, "capture_router": capture_router}
         length = x_BTD.shape[1]
-        self_mask = attention_mask(mask_BT, segment_ids_BT, segment_ids_BT, causal=self.causal)
+        sequence = tokens.sequence
+        self_mask = attention_mask(tokens.mask, sequence, sequence, causal=self.causal)
         bias = RelativePositionBias(config, bidirectional=not self.causal, name="relpos_bias")(
             length, length
         )
         x_BTD = dropout(config, train)(x_BTD)
-        context = (mask_BT, self_mask, bias, encoded_BSD, cross_mask)
+        context = (tokens, self_mask, bias, encoded_BSD, cross_mask)
         stats: Stats = ()
         if config.scan_layers:
             for segment in segments(self.sparse):
@@ -239,6 +243,8 @@ class T5(nn.Module):
         decoder_mask: Shaped[Input, "B T"] | None = None,
         encoder_segment_ids: Int[Input, "B S"] | None = None,
         decoder_segment_ids: Int[Input, "B T"] | None = None,
+        encoder_task_ids: Int[Input, "B S"] | None = None,
+        decoder_task_ids: Int[Input, "B T"] | None = None,
         train: bool = False,
         capture_router: bool = False,
     ) -> T5Output:
@@ -249,24 +255,25 @@ class T5(nn.Module):
           decoder_input_tokens: target tokens shifted right, starting with 0.
           encoder_mask, decoder_mask: True or nonzero on real tokens.
           encoder_segment_ids, decoder_segment_ids: examples of a packed row, 0 on padding.
+          encoder_task_ids, decoder_task_ids: the task of every token, for routing by task.
           train: dropout, jitter and the training capacity factor.
           capture_router: keep the router's decision for every token in `router`.
         """
-        encoder_mask = _mask(encoder_tokens, encoder_mask, encoder_segment_ids)
+        tokens = _tokens(encoder_tokens, encoder_mask, encoder_segment_ids, encoder_task_ids)
         encoded_BSD, encoder_stats = self.encoder(
             self.token_embedder(encoder_tokens),
-            encoder_mask,
-            encoder_segment_ids,
+            tokens,
             train=train,
             capture_router=capture_router,
         )
         decoded_BTD, decoder_stats = self.decode(
             decoder_input_tokens,
             encoded_BSD,
-            encoder_mask=encoder_mask,
+            encoder_mask=tokens.mask,
             decoder_mask=decoder_mask,
             encoder_segment_ids=encoder_segment_ids,
             decoder_segment_ids=decoder_segment_ids,
+            decoder_task_ids=decoder_task_ids,
             train=train,
             capture_router=capture_router,
         )
@@ -278,11 +285,11 @@ class T5(nn.Module):
         encoder_tokens: Int[Input, "B S"],
         *,
         encoder_mask: Shaped[Input, "B S"] | None = None,
+        encoder_task_ids: Int[Input, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Final encoder states, for decoding."""
-        encoder_mask = _mask(encoder_tokens, encoder_mask, None)
-        embedded_BSD = self.token_embedder(encoder_tokens)
-        return self.encoder(embedded_BSD, encoder_mask, None, train=False)[0]
+        tokens = _tokens(encoder_tokens, encoder_mask, None, encoder_task_ids)
+        return self.encoder(self.token_embedder(encoder_tokens), tokens, train=False)[0]
 
     def decode(
         self,
@@ -293,18 +300,18 @@ class T5(nn.Module):
         decoder_mask: Shaped[Input, "B T"] | None = None,
         encoder_segment_ids: Int[Input, "B S"] | None = None,
         decoder_segment_ids: Int[Input, "B T"] | None = None,
+        decoder_task_ids: Int[Input, "B T"] | None = None,
         train: bool = False,
         capture_router: bool = False,
     ) -> tuple[Float[Array, "B T D"], Stats]:
         """Decoder states ready for the output head, and the decoder's router statistics."""
-        decoder_mask = _mask(decoder_input_tokens, decoder_mask, decoder_segment_ids)
+        tokens = _tokens(decoder_input_tokens, decoder_mask, decoder_segment_ids, decoder_task_ids)
         cross_mask = attention_mask(
             jnp.asarray(encoder_mask) != 0, decoder_segment_ids, encoder_segment_ids
         )
         decoded_BTD, stats = self.decoder(
             self.token_embedder(decoder_input_tokens),
-            decoder_mask,
-            decoder_segment_ids,
+            tokens,
             encoded_BSD,
             cross_mask,
             train=train,
@@ -330,7 +337,10 @@ def output_head(params: Mapping[str, Any]) -> Float[Array, "V D"]:
     return params["token_embedder"]["embedding"]
 
 
-def _mask(tokens: Input, mask: Input | None, segment_ids: Input | None) -> Bool[Array, "B T"]:
+def _tokens(
+    ids: Input, mask: Input | None, segment_ids: Input | None, task_ids: Input | None
+) -> Tokens:
     if mask is None:
-        mask = jnp.ones(tokens.shape, bool) if segment_ids is None else segment_ids
-    return jnp.asarray(mask) != 0
+        mask = jnp.ones(ids.shape, bool) if segment_ids is None else segment_ids
+    optional = (None if each is None else jnp.asarray(each) for each in (segment_ids, task_ids))
+    return Tokens(jnp.asarray(mask) != 0, jnp.asarray(ids), *optional)

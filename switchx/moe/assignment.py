@@ -1,4 +1,4 @@
-"""The structs between router, dispatch and losses: who goes where, and how it went."""
+"""The structs between router, placement, dispatch and losses: who goes where, and how it went."""
 
 from typing import Any
 
@@ -9,12 +9,30 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
+class Tokens:
+    """What is known of tokens besides their states: by row in a model, by group in a MoE layer.
+
+    Attributes:
+      mask: whether a token is real; padding is False.
+      ids: token ids, for `hash` routing.
+      sequence: sequences are numbered within a row (packing) or a group, for `sentence` routing.
+      task_ids: which task a token belongs to, for `task` routing.
+    """
+
+    mask: Bool[Array, "*rows M"]
+    ids: Int[Array, "*rows M"] | None = None
+    sequence: Int[Array, "*rows M"] | None = None
+    task_ids: Int[Array, "*rows M"] | None = None
+
+
+@flax.struct.dataclass
 class Choice:
     """Token-major: the experts each token asks for, best first, and the weight of each.
 
     Attributes:
-      expert_index_GMK: experts in [0, E), int32.
-      gate_GMK: weight of that expert's output in the sum, float32; carries the router's gradient.
+      expert_index_GMK: experts in [0, E), or E for a choice that is not made, int32.
+      gate_GMK: weight of that expert's output in the sum, at least float32; carries the
+        router's gradient.
     """
 
     expert_index_GMK: Int[Array, "G M K"]
@@ -22,24 +40,76 @@ class Choice:
 
 
 @flax.struct.dataclass
-class Slots:
-    """Both directions of one partial matching between choices and expert slots.
+class Assignment:
+    """Expert-major: the token in every slot. What is unmatched is written as one past the end.
 
-    Choice ``m * K + k`` is the k-th choice of token m; slot ``e * C + c`` is the c-th slot of
-    expert e. Either side may be unmatched, which is written as one past the other side's end.
+    Slot ``e * C + c`` is the c-th slot of expert e. Where tokens choose, `slot_GMK` is the inverse
+    table; where experts choose, a token may be in any number of slots and there is none.
 
     Attributes:
-      choice_GEC: for every slot its choice, ``M * K`` if the slot is empty, int32.
-      slot_GMK: for every choice its slot, ``E * C`` if it was dropped or is padding, int32.
+      token_GEC: the token of every slot, M if the slot is empty, int32.
+      gate_GEC: weight of the slot's output for its token, 0 if empty; carries the gradient.
+      slot_GMK: for every choice its slot, E · C if it was dropped, padding or not made, int32.
     """
 
-    choice_GEC: Int[Array, "G E C"]
-    slot_GMK: Int[Array, "G M K"]
+    token_GEC: Int[Array, "G E C"]
+    gate_GEC: Float[Array, "G E C"]
+    slot_GMK: Int[Array, "G M K"] | None = None
 
     @property
     def kept_GMK(self) -> Bool[Array, "G M K"]:
-        """Whether each choice got a slot."""
-        return self.slot_GMK < self.choice_GEC.shape[-2] * self.choice_GEC.shape[-1]
+        """Whether each choice of the tokens got a slot."""
+        assert self.slot_GMK is not None
+        return self.slot_GMK < self.token_GEC.shape[-2] * self.token_GEC.shape[-1]
+
+
+@flax.struct.dataclass
+class Grouping:
+    """Dropless: all choices of a batch, sorted by expert; N = G · M · K rows.
+
+    Attributes:
+      token_N: the token of every row, G · M after the last expert's rows, int32.
+      gate_N: weight of the row's output for its token; carries the gradient.
+      sizes_E: rows of each expert, int32.
+      row_GMK: for every choice its row, N for padding and choices that are not made, int32.
+    """
+
+    token_N: Int[Array, " N"]
+    gate_N: Float[Array, " N"]
+    sizes_E: Int[Array, " E"]
+    row_GMK: Int[Array, "G M K"]
+
+    @property
+    def kept_GMK(self) -> Bool[Array, "G M K"]:
+        """Whether each choice was made by a real token: all of those are kept."""
+        return self.row_GMK < self.token_N.size
+
+
+@flax.struct.dataclass
+class Mixture:
+    """Every slot is a weighted mean of tokens and every token a weighted mean of slots.
+
+    Attributes:
+      dispatch_GMEC: weights of the tokens in each slot; sum to 1 over real tokens.
+      combine_GMEC: weights of the slots' outputs in each token; sum to 1 over slots.
+    """
+
+    dispatch_GMEC: Float[Array, "G M E C"]
+    combine_GMEC: Float[Array, "G M E C"]
+
+
+@flax.struct.dataclass
+class Routing:
+    """What a router decided.
+
+    Attributes:
+      decision: what tokens ask for, what experts took, or the weights of a soft mixture.
+      probs_GME: the router's distribution over experts for every token, for losses and
+        statistics.
+    """
+
+    decision: Choice | Assignment | Mixture
+    probs_GME: Float[Array, "G M E"]
 
 
 @flax.struct.dataclass
@@ -54,20 +124,25 @@ class RouterStats:
 
     Attributes:
       num_tokens: real tokens routed.
-      num_choices: choices made, K per real token.
-      num_dropped: choices that got no slot.
+      num_choices_K: choices made, by rank: first choices, second ones, … Where experts choose
+        or slots are mixtures, tokens.
+      num_dropped_K: of these, choices that got no slot; where experts choose, tokens that no
+        expert took.
       load_balance: sum over groups of (real tokens in the group) × E Σ_e f_e P_e.
+      importance: sum over groups of (real tokens in the group) × CV² of the experts' gates.
       router_z: sum over tokens of logsumexp(logits)².
       entropy: sum over tokens of the entropy of the router's distribution, nats.
       confidence: sum over tokens of the largest probability.
       tokens_per_expert_E: choices per expert, before capacity.
-      logits, expert_index, gate, kept: per token, [B, T, E] and [B, T, K].
+      logits, expert_index, gate, kept: per token, [B, T, E] and [B, T, K]; `logits` is None for
+        a router without, and the others are where tokens do not choose.
     """
 
     num_tokens: Any
-    num_choices: Any
-    num_dropped: Any
+    num_choices_K: Any
+    num_dropped_K: Any
     load_balance: Any
+    importance: Any
     router_z: Any
     entropy: Any
     confidence: Any
@@ -83,6 +158,11 @@ class RouterStats:
         return self.load_balance / jnp.maximum(self.num_tokens, 1)
 
     @property
+    def importance_loss(self) -> jax.Array:
+        """Importance loss before its weight: CV² of the experts' gates; 0 where all are equal."""
+        return self.importance / jnp.maximum(self.num_tokens, 1)
+
+    @property
     def router_z_loss(self) -> jax.Array:
         """Router z-loss before its weight."""
         return self.router_z / jnp.maximum(self.num_tokens, 1)
@@ -90,12 +170,28 @@ class RouterStats:
     @property
     def dropped_fraction(self) -> jax.Array:
         """Share of choices without a slot, in [0, 1]."""
-        return self.num_dropped / jnp.maximum(self.num_choices, 1)
+        dropped, choices = jnp.sum(self.num_dropped_K, -1), jnp.sum(self.num_choices_K, -1)
+        return dropped / jnp.maximum(choices, 1)
+
+    @property
+    def dropped_fraction_by_rank(self) -> jax.Array:
+        """The same of first choices, second choices and so on, [K]."""
+        return self.num_dropped_K / jnp.maximum(self.num_choices_K, 1)
 
     @property
     def expert_load(self) -> jax.Array:
         """Share of the choices that each expert was asked for, before capacity; sums to 1."""
-        return self.tokens_per_expert_E / jnp.maximum(self.num_choices, 1)[..., None]
+        total = jnp.sum(self.tokens_per_expert_E, axis=-1, keepdims=True)
+        # A sum below 1 is of nothing at all or, where slots are mixtures, of weights.
+        return self.tokens_per_expert_E / jnp.where(total > 0, total, 1)
+
+    @property
+    def max_violation(self) -> jax.Array:
+        """How far the most loaded expert is over the mean: max load / mean load - 1.
+
+        MaxVio of arXiv:2408.15664, §4.1; 0 in perfect balance, E - 1 at collapse.
+        """
+        return jnp.max(self.expert_load, axis=-1) * self.expert_load.shape[-1] - 1
 
     @property
     def router_entropy(self) -> jax.Array:

@@ -1,26 +1,34 @@
-"""The mixture-of-experts layer: gate and experts, and the four steps in order."""
+"""The mixture-of-experts layer: its configuration, and the four steps in order."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from switchx.errors import UserError, check_choice, check_range, check_types
-from switchx.moe import balance, routing
-from switchx.moe.assignment import RouterStats
-from switchx.moe.dispatch import DISPATCHERS
-from switchx.sharding import axes, constrain
+from switchx.errors import UserError, check_choice, check_range, check_types, closest
+from switchx.moe import balance, dispatch, placement, routing
+from switchx.moe.assignment import (
+    Assignment,
+    Choice,
+    Grouping,
+    Mixture,
+    RouterStats,
+    Routing,
+    Tokens,
+)
+from switchx.moe.dispatch import BACKENDS, DISPATCHERS, MIXTURE
+from switchx.moe.experts import ACTIVATIONS, Experts
+from switchx.moe.gate import GATES
+from switchx.moe.routing import ROUTERS
+from switchx.sharding import axes, constrain, num_devices
 
-# "linear" is the ungated branch of a gated network; "gelu" is the tanh form, as T5 has it.
-ACTIVATIONS = {
-    "relu": nn.relu,
-    "gelu": lambda x: nn.gelu(x, approximate=True),
-    "silu": nn.silu,
-    "linear": lambda x: x,
-}
+EXPLORATIONS = ("argmax", "sample")
+RENORMALIZATIONS = ("none", "before_dropping", "after_dropping")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,82 +36,303 @@ class MoeConfig:
     """What replaces a dense feed-forward layer. Defaults are the Switch Transformer's.
 
     Attributes:
-      num_experts: E. Each is a feed-forward network of the model's own width.
-      router: name in `switchx.moe.routing.ROUTERS`.
-      capacity_factor: slots per expert in training, relative to a balanced load; tokens over it
-        pass through the residual only. None is dropless: room for any routing, at E times the
-        memory of a balanced one.
+      num_experts: E.
+      router: name in `switchx.moe.routing.ROUTERS`; docs/routing.md compares them.
+      top_k: K, experts per token, of the routers that take any number.
+      renormalize: whether gates are divided by their sum over a token's choices: "none",
+        "before_dropping", or "after_dropping", so that a survivor weighs 1 (NLLB-MoE). None is
+        the router's own: gshard and loss_free do it before dropping, the others not (Switch,
+        Flaxformer and OLMoE weigh by raw probabilities, Mixtral and ST-MoE by renormalised ones).
+      second_expert_policy, second_expert_threshold: of `gshard`, see `routing.gshard`.
+      exploration: "argmax", or "sample": in training experts are drawn from the router's
+        distribution (arXiv:2101.03961, table 11).
+      jitter_noise: training only, the router's input is multiplied by U[1 - ε, 1 + ε]; the
+        experts never see it (arXiv:2101.03961, §2.4 and table 11).
+      router_dropout_rate: training only, dropout on the router's input (the same table).
+      straight_through: DenseMixer: in training every expert sees every token, so that the router
+        learns from all of them; the output stays that of the K. Costs E / K times the layer.
+      cosine_dim: width of the space of `cosine`; None is E // 2, as X-MoE has it.
+      score: of `loss_free`, "sigmoid" (DeepSeek-V3) or "softmax".
+      bias_update_rate: of `loss_free`: how far a bias moves per step (arXiv:2408.15664, §4.3).
+      hash: of `hash`: "balanced" or "random", see `routing.hash_table`.
+      num_tasks: rows of the table of `task`.
+      passes: of `no_token_left_behind`: how many experts a token may try.
+      sinkhorn_iterations: of `sinkhorn`.
+      router_bias: whether the router has a bias (some Hugging Face checkpoints do).
+      capacity_factor: slots per expert in training, relative to a balanced load of K choices per
+        token; choices over it are dropped, and a token with none left passes through the residual
+        only. None is dropless.
       eval_capacity_factor: the same when not training; 2.0, because raising it costs no quality
         and routing of held-out text is less balanced (arXiv:2202.08906, table 8).
       min_capacity: lower bound on the slots per expert and group.
       expert_capacity: slots per expert and group, in training and evaluation, instead of the
-        three above (Hugging Face's absolute capacity).
+        three above (Hugging Face's absolute capacity; the slots per expert of `soft_moe`).
+      priority: which choices are served first, see `placement.place`: "choice", "token" or
+        "probability" (batch-priority, for encoders).
       group_size: tokens that compete for the same slots, an upper bound: a group is the largest
         number of whole rows of the global batch that divides it and has at most this many
         tokens. "row" makes each row a group (as Hugging Face does). Independent of the mesh.
-      jitter_noise: training only, the router's input is multiplied by U[1 - ε, 1 + ε]; the
-        experts never see it (arXiv:2101.03961, §2.4 and table 11).
-      load_balance_weight: α, for the sum over layers (arXiv:2101.03961, §2.2).
-      router_z_weight: c_z (arXiv:2202.08906, §3.3).
-      expert_dropout_rate: dropout on the experts' hidden units (arXiv:2101.03961, §2.4).
-      router_bias: whether the router has a bias (some Hugging Face checkpoints do).
       route_padding: let padding take slots and count in the statistics, as Hugging Face and
         Flaxformer do. Off: a token's routing must not depend on how much padding surrounds it.
-      dispatch: name in `switchx.moe.dispatch.DISPATCHERS`.
+      load_balance_weight: α, for the sum over layers (arXiv:2101.03961, §2.2).
+      load_balance_choices: whether the loss counts the "first" choice of a token (GShard, Mesh
+        TensorFlow) or "all" K (Flaxformer, Mixtral: then it is K at uniform routing).
+      importance_weight: of the squared variation of the experts' gates (arXiv:1701.06538, §4).
+      router_z_weight: c_z (arXiv:2202.08906, §3.3).
+      expert_d_ff: hidden width of an expert; None is the dense layers' d_ff. Fine-grained experts
+        are m times as many of d_ff / m with m times the K (DeepSeekMoE, arXiv:2401.06066, §3.1).
+      expert_activations: of the experts; None is the dense layers'.
+      expert_bias: whether experts have biases (NLLB-MoE).
+      num_shared_experts: experts that every token passes through besides, with weight 1
+        (arXiv:2401.06066, §3.2).
+      expert_dropout_rate: dropout on the experts' hidden units (arXiv:2101.03961, §2.4).
+      dispatch: name in `switchx.moe.dispatch.BACKENDS`; "auto" is "grouped" where nothing can be
+        dropped and one device has all experts, else "gather".
     """
 
     num_experts: int = 8
     router: str = "switch"
+    top_k: int = 1
+    renormalize: str | None = None
+    second_expert_policy: str = "random"
+    second_expert_threshold: float = 0.5
+    exploration: str = "argmax"
+    jitter_noise: float = 1e-2
+    router_dropout_rate: float = 0.0
+    straight_through: bool = False
+    cosine_dim: int | None = None
+    score: str = "sigmoid"
+    bias_update_rate: float = 1e-3
+    hash: str = "balanced"
+    num_tasks: int = 1
+    passes: int = 4
+    sinkhorn_iterations: int = 16
+    router_bias: bool = False
     capacity_factor: float | None = 1.25
     eval_capacity_factor: float | None = 2.0
     min_capacity: int = 4
     expert_capacity: int | None = None
+    priority: str = "choice"
     group_size: int | str = 4096
-    jitter_noise: float = 1e-2
-    load_balance_weight: float = 1e-2
-    router_z_weight: float = 1e-3
-    expert_dropout_rate: float = 0.0
-    router_bias: bool = False
     route_padding: bool = False
-    dispatch: str = "gather"
+    load_balance_weight: float = 1e-2
+    load_balance_choices: str = "first"
+    importance_weight: float = 0.0
+    router_z_weight: float = 1e-3
+    expert_d_ff: int | None = None
+    expert_activations: tuple[str, ...] | list[str] | None = None
+    expert_bias: bool = False
+    num_shared_experts: int = 0
+    expert_dropout_rate: float = 0.0
+    dispatch: str = "auto"
 
     def __post_init__(self):
         check_types(self)
         valid = 1 <= self.num_experts < 2**31
         check_range(self, "num_experts", valid, "at least 1 and below 2**31")
-        check_choice(self, "router", routing.ROUTERS)
-        check_choice(self, "dispatch", DISPATCHERS)
+        check_choice(self, "router", ROUTERS)
+        self._check_router()
+        self._check_capacity()
+        for field in ("load_balance_weight", "importance_weight", "router_z_weight"):
+            check_range(self, field, 0 <= getattr(self, field) < math.inf, "0 or more")
+        check_choice(self, "load_balance_choices", balance.LOAD_BALANCE_CHOICES)
+        check_range(self, "expert_dropout_rate", 0 <= self.expert_dropout_rate < 1, "in [0, 1)")
+        check_range(self, "num_shared_experts", self.num_shared_experts >= 0, "0 or more")
+        valid = self.expert_d_ff is None or 1 <= self.expert_d_ff < 2**31
+        check_range(self, "expert_d_ff", valid, "at least 1 and below 2**31, or None")
+        if self.expert_activations is not None:
+            object.__setattr__(self, "expert_activations", tuple(self.expert_activations))
+            check_activations(self, "expert_activations")
+        check_choice(self, "dispatch", BACKENDS)
+        if self.dispatch == "grouped" and not (self.dropless(True) and self.dropless(False)):
+            raise UserError(
+                "MoeConfig.dispatch = 'grouped' has no slots: set capacity_factor and "
+                "eval_capacity_factor to None, and a router whose tokens choose; or take 'gather'"
+            )
+
+    def _check_router(self) -> None:
+        scheme = ROUTERS[self.router]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for field in sorted({field for other in ROUTERS.values() for field in other.fields}):
+            if field not in scheme.fields and getattr(self, field) != defaults[field]:
+                used = ", ".join(name for name, other in ROUTERS.items() if field in other.fields)
+                raise UserError(
+                    f"MoeConfig.{field} = {getattr(self, field)!r}: router {self.router!r} does "
+                    f"not use it; leave it out, or take one of: {used}"
+                )
+        valid = 1 <= self.top_k <= self.num_experts
+        check_range(self, "top_k", valid, f"from 1 to num_experts = {self.num_experts}")
+        if scheme.gate in (None, "soft"):
+            only = f"False: router {self.router!r} has no logits of experts to add it to"
+            check_range(self, "router_bias", not self.router_bias, only)
+        if self.num_choices > self.num_experts:
+            raise UserError(
+                f"MoeConfig.num_experts = {self.num_experts}: router {self.router!r} asks "
+                f"{self.num_choices} experts for each token; use at least {self.num_choices}"
+            )
+        if self.renormalize is not None:
+            check_choice(self, "renormalize", RENORMALIZATIONS)
+            valid = self.renormalize == "none" or self.num_choices > 1
+            check_range(self, "renormalize", valid, "'none' or None: the gate of one is 1")
+        check_choice(self, "second_expert_policy", routing.SECOND_EXPERT_POLICIES)
+        valid = 0 < self.second_expert_threshold < 1
+        check_range(self, "second_expert_threshold", valid, "between 0 and 1")
+        check_choice(self, "exploration", EXPLORATIONS)
+        for field in ("jitter_noise", "router_dropout_rate"):
+            check_range(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
+        valid = self.cosine_dim is None or self.cosine_dim >= 1
+        check_range(self, "cosine_dim", valid, "at least 1, or None for num_experts // 2")
+        check_choice(self, "score", routing.SCORES)
+        valid = 0 <= self.bias_update_rate < math.inf
+        check_range(self, "bias_update_rate", valid, "0 or more")
+        check_choice(self, "hash", routing.HASHES)
+        for field in ("num_tasks", "passes", "sinkhorn_iterations"):
+            check_range(self, field, getattr(self, field) >= 1, "at least 1")
+
+    def _check_capacity(self) -> None:
+        scheme = ROUTERS[self.router]
         for field in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, field)
             valid = factor is None or 0 < factor < math.inf
             check_range(self, field, valid, "positive, or None for dropless")
+            if factor is None and scheme.capacity == "finite" and self.expert_capacity is None:
+                raise UserError(
+                    f"MoeConfig.{field} = None: router {self.router!r} fills slots, so there must "
+                    "be a number of them; use a positive factor"
+                )
         check_range(self, "min_capacity", self.min_capacity >= 0, "0 or more")
         valid = self.expert_capacity is None or self.expert_capacity >= 1
         check_range(self, "expert_capacity", valid, "at least 1, or None")
+        if scheme.capacity == "absolute" and self.expert_capacity is None:
+            raise UserError(
+                f"MoeConfig.expert_capacity = None: router {self.router!r} has parameters for "
+                "every slot, whatever the length; say how many slots an expert has"
+            )
+        check_choice(self, "priority", placement.PRIORITIES)
+        if self.router == "no_token_left_behind":
+            only = "'choice' or 'token': the passes serve tokens in order"
+            check_range(self, "priority", self.priority != "probability", only)
         if isinstance(self.group_size, str):
             check_range(self, "group_size", self.group_size == "row", "a number of tokens or 'row'")
         else:
             check_range(self, "group_size", self.group_size >= 1, "a positive number of tokens")
-        check_range(self, "jitter_noise", 0 <= self.jitter_noise < 1, "in [0, 1)")
-        for field in ("load_balance_weight", "router_z_weight"):
-            check_range(self, field, 0 <= getattr(self, field) < math.inf, "0 or more")
-        check_range(self, "expert_dropout_rate", 0 <= self.expert_dropout_rate < 1, "in [0, 1)")
 
     @property
-    def top_k(self) -> int:
-        """K, experts per token."""
-        return 1
+    def num_choices(self) -> int:
+        """K: choices per token; 1 where experts choose or slots are mixtures."""
+        return ROUTERS[self.router].top_k or self.top_k
+
+    @property
+    def random(self) -> bool:
+        """Whether choices are drawn in training."""
+        drawn = self.router == "gshard" and self.second_expert_policy in ("random", "sampling")
+        return drawn or self.exploration == "sample"
+
+    @property
+    def causal(self) -> bool:
+        """Whether no token's routing looks at later tokens."""
+        return ROUTERS[self.router].causal and self.priority != "probability"
+
+    def dropless(self, train: bool) -> bool:
+        """Whether nothing can be dropped, in training or in evaluation."""
+        factor = self.capacity_factor if train else self.eval_capacity_factor
+        chosen = ROUTERS[self.router].capacity == "any" or self.router == "no_token_left_behind"
+        return chosen and factor is None and self.expert_capacity is None
+
+    def backend(self, *, train: bool, num_devices: int) -> str:
+        """What `dispatch` is: "auto" made definite."""
+        if self.dispatch != "auto":
+            return self.dispatch
+        return "grouped" if self.dropless(train) and num_devices == 1 else "gather"
 
     def capacity(self, group_tokens: int, *, train: bool) -> int:
         """Slots of each expert in a group of so many tokens."""
-        return routing.capacity(
+        if ROUTERS[self.router].capacity == "absolute":
+            assert self.expert_capacity is not None
+            return self.expert_capacity
+        return placement.capacity(
             group_tokens,
             num_experts=self.num_experts,
-            top_k=self.top_k,
+            top_k=self.num_choices,
             capacity_factor=self.capacity_factor if train else self.eval_capacity_factor,
             min_capacity=self.min_capacity,
             expert_capacity=self.expert_capacity,
         )
+
+    def num_params(self, d_model: int, d_ff: int, activations: Sequence[str]) -> int:
+        """Parameters of a layer in a model of these dense layers."""
+        count = self.num_experts + self.num_shared_experts
+        expert = self._expert_params(d_model, d_ff, activations)
+        return count * expert + self._gate_params(d_model)
+
+    def num_active_params(self, d_model: int, d_ff: int, activations: Sequence[str]) -> int:
+        """Parameters a token passes through: K experts, shared ones and the gate.
+
+        Where experts choose, K is the capacity factor, rounded.
+        """
+        count = self.num_choices + self.num_shared_experts
+        if self.router == "expert_choice" and self.capacity_factor is not None:
+            count += max(round(self.capacity_factor), 1) - 1
+        expert = self._expert_params(d_model, d_ff, activations)
+        return count * expert + self._gate_params(d_model)
+
+    def flops_per_token(
+        self, d_model: int, d_ff: int, activations: Sequence[str], row_tokens: int
+    ) -> float:
+        """Forward FLOPs of the matmuls of a layer, 2 per multiply-add, without capacity padding.
+
+        A token passes through K experts; where experts choose or slots are mixtures, through the
+        slots of a group per token, in groups of rows of `row_tokens` tokens.
+        """
+        d_ff, activations = self.expert_d_ff or d_ff, self.expert_activations or activations
+        expert = 2 * (len(activations) + 1) * d_model * d_ff
+        tokens = row_tokens if isinstance(self.group_size, str) else self.group_size
+        slots = self.num_experts * self.capacity(tokens, train=True)
+        gate = ROUTERS[self.router].gate
+        if gate == "soft":  # logits of the slots, and means of tokens and of slots
+            router, experts = 3 * 2 * d_model * slots, slots / tokens
+        elif self.router == "expert_choice":
+            router, experts = 2 * d_model * self.num_experts, slots / tokens
+        else:
+            router, experts = 2 * d_model * self.num_experts, self.num_choices
+        if gate == "cosine":
+            router = 2 * self.cosine_width * (d_model + self.num_experts)
+        elif gate in ("task", None):
+            router = 0
+        return (experts + self.num_shared_experts) * expert + router
+
+    @property
+    def cosine_width(self) -> int:
+        """Width of the space of `cosine`."""
+        return self.cosine_dim or max(self.num_experts // 2, 1)
+
+    def _expert_params(self, d_model: int, d_ff: int, activations: Sequence[str]) -> int:
+        d_ff, activations = self.expert_d_ff or d_ff, self.expert_activations or activations
+        bias = len(activations) * d_ff + d_model if self.expert_bias else 0
+        return (len(activations) + 1) * d_model * d_ff + bias
+
+    def _gate_params(self, d_model: int) -> int:
+        gate, bias = ROUTERS[self.router].gate, self.num_experts * self.router_bias
+        balance_bias = self.num_experts * (self.router == "loss_free")
+        if gate == "cosine":
+            return self.cosine_width * (d_model + self.num_experts) + 1 + bias
+        if gate == "task":
+            return self.num_tasks * self.num_experts + bias
+        if gate == "soft":
+            return d_model * self.num_experts * self.capacity(1, train=True) + 1
+        return 0 if gate is None else d_model * self.num_experts + bias + balance_bias
+
+
+def check_activations(config: Any, field: str) -> None:
+    """Raise UserError unless a field names one activation or more."""
+    names = getattr(config, field)
+    check_range(config, field, len(names) >= 1, "one name or more")
+    for name in names:
+        if name not in ACTIVATIONS:
+            raise UserError(
+                f"{type(config).__name__}.{field} = {names}: "
+                f"{name!r} is unknown{closest(name, ACTIVATIONS)}"
+            )
 
 
 def group_shape(batch: int, length: int, group_size: int | str) -> tuple[int, int]:
@@ -126,146 +355,219 @@ def group_shape(batch: int, length: int, group_size: int | str) -> tuple[int, in
     return batch // rows, rows * length
 
 
-class Router(nn.Module):
-    """The gate's parameters: logits of every expert for every token.
-
-    Weights, input and product are float32 (float64 for float64 activations) whatever the
-    activations are: selective precision, arXiv:2101.03961 §2.4.
-    """
-
-    config: MoeConfig
-    train: bool = False
-
-    @nn.compact
-    def __call__(self, x_GMD: Float[Array, "G M D"]) -> Float[Array, "G M E"]:
-        """Router logits; with jitter on the input in training (rng stream `jitter`)."""
-        config = self.config
-        dtype = jnp.promote_types(x_GMD.dtype, jnp.float32)
-        x_GMD = x_GMD.astype(dtype)
-        if self.train and config.jitter_noise:
-            low, high = 1 - config.jitter_noise, 1 + config.jitter_noise
-            x_GMD *= jax.random.uniform(self.make_rng("jitter"), x_GMD.shape, dtype, low, high)
-        kernel_DE = self.param(
-            "kernel",
-            axes(nn.initializers.normal(0.02), ("embed", "experts")),
-            (x_GMD.shape[-1], config.num_experts),
-            jnp.float32,
-        )
-        logits_GME = jnp.einsum("gmd,de->gme", x_GMD, kernel_DE.astype(dtype))
-        if config.router_bias:
-            bias_E = self.param(
-                "bias",
-                axes(nn.initializers.zeros, ("experts",)),
-                (config.num_experts,),
-                jnp.float32,
-            )
-            logits_GME += bias_E.astype(dtype)[None, None]
-        return logits_GME
-
-
-class Experts(nn.Module):
-    """E feed-forward networks side by side, each applied to its own slots.
-
-    Kernels are stacked on a leading expert axis. One activation gives a plain network
-    ``f(x wi) wo``; several give a gated one, ``f(x wi_0) * g(x wi_1) * … wo``.
-    """
-
-    num_experts: int
-    d_ff: int
-    activations: tuple[str, ...]
-    dropout_rate: float
-    init_scale: float
-    train: bool = False
-
-    @nn.compact
-    def __call__(self, x_END: Float[Array, "E N D"]) -> Float[Array, "E N D"]:
-        """N slots per expert in, the same slots out."""
-        width = x_END.shape[-1]
-        init = nn.initializers.variance_scaling(
-            self.init_scale, "fan_in", "truncated_normal", in_axis=-2, out_axis=-1, batch_axis=0
-        )
-
-        def kernel(name: str, names: tuple[str, ...], fan_in: int, fan_out: int) -> jax.Array:
-            shape = (self.num_experts, fan_in, fan_out)
-            return self.param(name, axes(init, names), shape, jnp.float32).astype(x_END.dtype)
-
-        hidden_ENF = None
-        for index, activation in enumerate(self.activations):
-            name = "wi" if len(self.activations) == 1 else f"wi_{index}"
-            wi_EDF = kernel(name, ("expert", "embed", "mlp"), width, self.d_ff)
-            branch_ENF = ACTIVATIONS[activation](jnp.einsum("end,edf->enf", x_END, wi_EDF))
-            hidden_ENF = branch_ENF if hidden_ENF is None else hidden_ENF * branch_ENF
-        hidden_ENF = nn.Dropout(self.dropout_rate, deterministic=not self.train)(hidden_ENF)
-        wo_EFD = kernel("wo", ("expert", "mlp", "embed"), self.d_ff, width)
-        return jnp.einsum("enf,efd->end", hidden_ENF, wo_EFD)
-
-
 class MoeLayer(nn.Module):
     """A sparse feed-forward layer: route, place, dispatch → experts → combine.
 
-    Overflow tokens and padding come out as zeros, so that the residual carries them unchanged.
+    Overflow tokens and padding come out as zeros, so that the residual carries them unchanged;
+    shared experts see them like any other.
     """
 
     config: MoeConfig
     d_ff: int
     activations: tuple[str, ...]
     init_scale: float
+    vocab_size: int = 1
     train: bool = False
     capture_router: bool = False
 
     @nn.compact
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], mask_BT: Bool[Array, "B T"]
+        self, x_BTD: Float[Array, "B T D"], tokens: Tokens
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """Outputs in `x`'s dtype, and what the router did. `mask_BT` is True on real tokens."""
+        """Outputs in `x`'s dtype, and what the router did. `tokens` are [B, T]."""
         config = self.config
         batch, length, width = x_BTD.shape
         groups, group_tokens = group_shape(batch, length, config.group_size)
         x_GMD = constrain(x_BTD.reshape(groups, group_tokens, width), "group", None, None)
-        if config.route_padding:
-            mask_BT = jnp.ones_like(mask_BT)
-        mask_GM = mask_BT.reshape(groups, group_tokens)
-
-        # 1. Routing: every token chooses its experts.
-        logits_GME = Router(config, self.train, name="router")(x_GMD)
-        choice = routing.ROUTERS[config.router](logits_GME)
-
-        # 2. Placement: choices get slots, up to the experts' capacity.
+        tokens = self._group(tokens, groups, group_tokens)
         capacity = config.capacity(group_tokens, train=self.train)
-        slots = routing.place(choice, mask_GM, num_experts=config.num_experts, capacity=capacity)
 
-        # 3. Dispatch, experts. Two constraints in sequence, group-sharded then expert-sharded,
-        # make XLA exchange slots by all-to-all instead of gathering tokens.
-        dispatcher = DISPATCHERS[config.dispatch]
-        slots_GECD = dispatcher.dispatch(x_GMD, slots)
-        slots_GECD = constrain(slots_GECD, "group", None, None, None)
-        slots_GECD = constrain(slots_GECD, "group_within_expert", "expert", None, None)
-        slots_END = slots_GECD.swapaxes(0, 1).reshape(config.num_experts, groups * capacity, width)
-        slots_END = Experts(
-            num_experts=config.num_experts,
-            d_ff=self.d_ff,
-            activations=self.activations,
-            dropout_rate=config.expert_dropout_rate,
-            init_scale=self.init_scale,
-            train=self.train,
-            name="expert",
-        )(slots_END)
-        slots_GECD = slots_END.reshape(config.num_experts, groups, capacity, width).swapaxes(0, 1)
-        slots_GECD = constrain(slots_GECD, "group_within_expert", "expert", None, None)
-        slots_GECD = constrain(slots_GECD, "group", None, None, None)
+        # 1. Routing: every token chooses its experts, or every expert its tokens.
+        logits_GME, routed = self._route(x_GMD, tokens, capacity)
 
-        # 4. Combine: outputs return to their tokens, weighted by the gates.
-        y_GMD = dispatcher.combine(slots_GECD, slots, choice)
+        # 2. Placement: choices get slots, up to the experts' capacity; without one, rows.
+        backend = config.backend(train=self.train, num_devices=num_devices())
+        placed = routed.decision
+        if isinstance(placed, Choice) and backend == "grouped":
+            placed = placement.group(placed, tokens.mask, num_experts=config.num_experts)
+        elif isinstance(placed, Choice):
+            placed = placement.place(
+                placed,
+                tokens.mask,
+                num_experts=config.num_experts,
+                capacity=capacity,
+                priority=config.priority,
+                confidence_GM=jnp.max(routed.probs_GME, axis=-1),
+                renormalize=config.renormalize == "after_dropping",
+            )
+
+        # 3. Dispatch → experts. 4. Combine: outputs return to their tokens, weighted by the gates.
+        experts = self._experts("expert", config.num_experts)
+        if isinstance(placed, Grouping):
+            rows_ND = experts(dispatch.grouped_dispatch(x_GMD, placed), placed.sizes_E)
+            y_GMD = dispatch.grouped_combine(rows_ND, placed)
+        else:
+            dispatcher = MIXTURE if isinstance(placed, Mixture) else DISPATCHERS[backend]
+            slots_GECD = dispatcher.dispatch(x_GMD, placed)
+            slots_GECD = _exchange(experts, slots_GECD)
+            y_GMD = dispatcher.combine(slots_GECD, placed, group_tokens)
+        if config.straight_through and self.train:
+            y_GMD += _straight_through(experts, x_GMD, routed, placed, tokens.mask)
+        if config.num_shared_experts:
+            shared = self._experts("shared_expert", 1, config.num_shared_experts)
+            y_GMD += shared(x_GMD.reshape(1, -1, width)).reshape(y_GMD.shape)
         y_BTD = constrain(y_GMD.reshape(batch, length, width), "batch", None, None)
 
-        stats = balance.router_stats(logits_GME, choice, slots, mask_GM)
+        stats = balance.router_stats(
+            logits_GME,
+            routed,
+            placed,
+            tokens.mask,
+            load_balance_choices=config.load_balance_choices,
+        )
         if self.capture_router:
-            rows = (batch, length, -1)
-            stats = dataclasses.replace(
-                stats,
-                logits=logits_GME.reshape(rows),
-                expert_index=choice.expert_index_GMK.reshape(rows),
-                gate=choice.gate_GMK.reshape(rows),
-                kept=slots.kept_GMK.reshape(rows),
-            )
+            stats = _capture(stats, logits_GME, routed, placed, (batch, length, -1))
         return y_BTD, stats
+
+    def _group(self, tokens: Tokens, groups: int, group_tokens: int) -> Tokens:
+        """The tokens by group; sequences numbered within it."""
+        needed = ROUTERS[self.config.router].needs
+        if needed is not None and getattr(tokens, needed) is None:
+            raise UserError(
+                f"MoeConfig.router = {self.config.router!r} needs {_NEEDS[needed]}, and the model "
+                "was given none"
+            )
+        if self.config.route_padding:
+            tokens = dataclasses.replace(tokens, mask=jnp.ones_like(tokens.mask))
+        length = tokens.mask.shape[1]
+        tokens = jax.tree.map(lambda leaf: leaf.reshape(groups, group_tokens), tokens)
+        if self.config.router != "sentence":
+            return tokens
+        if group_tokens % length:
+            raise UserError(
+                f"MoeConfig.group_size = {self.config.group_size}: router {self.config.router!r} "
+                f"needs whole rows in a group; use at least {length}, or 'row'"
+            )
+        starts_GM = jnp.broadcast_to(jnp.arange(group_tokens) % length == 0, tokens.mask.shape)
+        if tokens.sequence is not None:
+            starts_GM |= tokens.sequence != jnp.roll(tokens.sequence, 1, axis=1)
+        return dataclasses.replace(tokens, sequence=jnp.cumsum(starts_GM, axis=1) - 1)
+
+    def _route(
+        self, x_GMD: jax.Array, tokens: Tokens, capacity: int
+    ) -> tuple[jax.Array | None, Routing]:
+        config, scheme = self.config, ROUTERS[self.config.router]
+        logits_GME = None
+        if scheme.gate is not None:
+            gate = GATES[scheme.gate](
+                config.num_experts,
+                jitter_noise=config.jitter_noise,
+                input_dropout_rate=config.router_dropout_rate,
+                bias=config.router_bias,
+                capacity=capacity,
+                cosine_dim=config.cosine_width,
+                num_tasks=config.num_tasks,
+                train=self.train,
+                name="router",
+            )
+            logits_GME = gate(x_GMD, *([tokens.task_ids] if scheme.gate == "task" else []))
+        bias_E = None
+        if config.router == "loss_free":
+            init = axes(nn.initializers.zeros, ("experts",))
+            bias_E = self.param("balance_bias", init, (config.num_experts,), jnp.float32)
+        situation = routing.Situation(
+            tokens=tokens,
+            capacity=capacity,
+            train=self.train,
+            rng=self.make_rng("jitter") if self.train and config.random else None,
+            bias_E=bias_E,
+            vocab_size=self.vocab_size,
+        )
+        dtype = jnp.promote_types(x_GMD.dtype, jnp.float32)
+        empty = jnp.zeros((*x_GMD.shape[:2], 0), dtype)
+        return logits_GME, scheme.route(
+            config, empty if logits_GME is None else logits_GME, situation
+        )
+
+    def _experts(self, name: str, num_experts: int, width: int = 1) -> Experts:
+        config = self.config
+        return Experts(
+            num_experts=num_experts,
+            d_ff=width * (config.expert_d_ff or self.d_ff),
+            activations=tuple(config.expert_activations or self.activations),
+            dropout_rate=config.expert_dropout_rate,
+            init_scale=self.init_scale,
+            bias=config.expert_bias,
+            train=self.train,
+            name=name,
+        )
+
+
+_NEEDS = {
+    "ids": "the ids of the tokens",
+    "task_ids": "the task of every token (encoder_task_ids, decoder_task_ids)",
+}
+
+
+def _exchange(experts: Experts, slots_GECD: jax.Array) -> jax.Array:
+    """The experts on their slots of all groups, and the outputs in the same places.
+
+    Two constraints in sequence, group-sharded then expert-sharded, make XLA exchange slots by
+    all-to-all instead of gathering tokens.
+    """
+    groups, num_experts, capacity, width = slots_GECD.shape
+    slots_GECD = constrain(slots_GECD, "group", None, None, None)
+    slots_GECD = constrain(slots_GECD, "group_within_expert", "expert", None, None)
+    slots_END = slots_GECD.swapaxes(0, 1).reshape(num_experts, groups * capacity, width)
+    slots_END = experts(slots_END)
+    slots_GECD = slots_END.reshape(num_experts, groups, capacity, width).swapaxes(0, 1)
+    slots_GECD = constrain(slots_GECD, "group_within_expert", "expert", None, None)
+    return constrain(slots_GECD, "group", None, None, None)
+
+
+def _straight_through(
+    experts: Experts, x_GMD: jax.Array, routed: Routing, placed: Any, mask_GM: jax.Array
+) -> jax.Array:
+    """Zeros whose gradient is that of the experts a token did not reach, to the router.
+
+    DenseMixer: the top-k is taken as the identity in the backward pass, so that the probability of
+    every expert learns from its output.
+    """
+    assert isinstance(routed.decision, Choice)
+    probs_GME, choice = routed.probs_GME, routed.decision
+    groups, num_tokens, num_experts = probs_GME.shape
+    x_ND = jax.lax.stop_gradient(x_GMD).reshape(-1, x_GMD.shape[-1])
+    y_END = experts(jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)))
+    y_EGMD = jax.lax.stop_gradient(y_END).reshape(num_experts, groups, num_tokens, -1)
+    reached_GMKE = jax.nn.one_hot(choice.expert_index_GMK, num_experts, dtype=bool)
+    reached_GME = jnp.any(reached_GMKE & placed.kept_GMK[..., None], axis=2)
+    # What the gates of the reached ones were divided by.
+    reached_p_GMK = jnp.take_along_axis(probs_GME, choice.expert_index_GMK, axis=-1)
+    scale_GM1 = jnp.sum(choice.gate_GMK, -1, keepdims=True) / jnp.sum(
+        reached_p_GMK, -1, keepdims=True
+    )
+    others_GME = jnp.where(reached_GME | ~mask_GM[..., None], 0, probs_GME)
+    others_GME *= jax.lax.stop_gradient(scale_GM1)
+    others_GME -= jax.lax.stop_gradient(others_GME)
+    y_GMD = jnp.einsum("gme,egmd->gmd", others_GME, y_EGMD.astype(others_GME.dtype))
+    return y_GMD.astype(x_GMD.dtype)
+
+
+def _capture(
+    stats: RouterStats,
+    logits_GME: jax.Array | None,
+    routed: Routing,
+    placed: Assignment | Grouping | Mixture,
+    rows: tuple[int, int, int],
+) -> RouterStats:
+    """Statistics with every token's routing."""
+    if logits_GME is not None:
+        stats = dataclasses.replace(stats, logits=logits_GME.reshape(rows))
+    if isinstance(routed.decision, Choice) and not isinstance(placed, Mixture):
+        stats = dataclasses.replace(
+            stats,
+            expert_index=routed.decision.expert_index_GMK.reshape(rows),
+            gate=routed.decision.gate_GMK.reshape(rows),
+            kept=placed.kept_GMK.reshape(rows),
+        )
+    return stats

@@ -229,6 +229,7 @@ def _random_batch(experiment: Experiment) -> Batch:
         sides[f"{side}_segment_ids"] = np.ones((rows, length), np.int32)
         positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
         sides[f"{side}_positions"] = positions
+        sides[f"{side}_task_ids"] = np.zeros((rows, length), np.int32)
 
     def tokens(length: int) -> np.ndarray:
         shape = (rows, length)

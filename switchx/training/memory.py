@@ -45,33 +45,41 @@ def estimate(
     """
     size = 2 if config.dtype == "bfloat16" else 4
     width, inner = config.d_model, config.num_heads * config.head_dim
-    branches = len(config.activations)
 
-    def feed_forward(length: int, sparse: bool) -> int:
-        hidden = (2 * branches + (branches > 1)) * config.d_ff
-        if not sparse or config.moe is None:
-            return rows * length * hidden * size
-        groups, group_tokens = group_shape(rows, length, config.moe.group_size)
-        slots = groups * config.moe.num_experts * config.moe.capacity(group_tokens, train=True)
-        router = rows * length * config.moe.num_experts * 4 * 4
-        return slots * (2 * width + hidden) * size + router
+    def hidden(branches: int, d_ff: int) -> int:
+        return (2 * branches + (branches > 1)) * d_ff
+
+    def feed_forward(stack: str, length: int, sparse: bool) -> int:
+        dense = rows * length * hidden(len(config.activations), config.d_ff) * size
+        if not sparse:
+            return dense
+        moe = config.stack_moe[stack]
+        inner = hidden(
+            len(moe.expert_activations or config.activations), moe.expert_d_ff or config.d_ff
+        )
+        groups, group_tokens = group_shape(rows, length, moe.group_size)
+        slots = groups * moe.num_experts * moe.capacity(group_tokens, train=True)
+        shared = rows * length * moe.num_shared_experts * inner
+        router = rows * length * moe.num_experts * 4 * 4
+        experts = (slots * (2 * width + inner) + shared) * size
+        return experts + router + dense * config.extra_mlp
 
     def attention(queries: int, keys: int) -> int:
         projections = rows * (2 * queries + 2 * keys) * inner * size
         return projections + 3 * rows * config.num_heads * queries * keys * 4
 
-    def stack(length: int, sparse: tuple[bool, ...], cross: int) -> int:
+    def stack(name: str, length: int, sparse: tuple[bool, ...], cross: int) -> int:
         norms = (2 + bool(cross)) * 2 * rows * length * width * size
         attend = attention(length, length) + (attention(length, cross) if cross else 0)
-        layers = [norms + attend + feed_forward(length, each) for each in sparse]
+        layers = [norms + attend + feed_forward(name, length, each) for each in sparse]
         if config.remat == "full":
             return len(sparse) * rows * length * width * size + max(layers)
         return sum(layers)
 
     logits = 3 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
     activations = (
-        stack(encoder_length, config.encoder_sparse, 0)
-        + stack(decoder_length, config.decoder_sparse, encoder_length)
+        stack("encoder", encoder_length, config.encoder_sparse, 0)
+        + stack("decoder", decoder_length, config.decoder_sparse, encoder_length)
         + logits
     )
     return Memory(

@@ -19,6 +19,7 @@ from tensorboardX.summary import scalar
 
 from switchx.models.config import ModelConfig
 from switchx.moe.assignment import RouterStats
+from switchx.moe.layer import MoeConfig
 from switchx.run_directory import JsonLines
 from switchx.training.losses import CrossEntropySums
 
@@ -27,6 +28,7 @@ ROUTER_METRICS = (
     "load_balance_loss",
     "router_z_loss",
     "dropped_fraction",
+    "max_violation",
     "router_entropy",
     "router_confidence",
 )
@@ -64,21 +66,20 @@ def stack_stats(router: Mapping[str, tuple[RouterStats, ...]]) -> dict[str, Rout
 def summarize(
     sums: Sums,
     *,
-    load_balance_weight: float = 0.0,
-    router_z_weight: float = 0.0,
+    stack_moe: Mapping[str, MoeConfig] | None = None,
     layer_names: Mapping[str, tuple[str, ...]] | None = None,
 ) -> dict[str, Any]:
     """Means per token of the whole batch, as plain Python numbers.
 
     ``loss`` is what training minimises: cross_entropy + z_loss + α · load_balance_loss +
-    c · router_z_loss, the last two summed over the sparse layers as in the paper
-    (arXiv:2101.03961, §2.2). `by_layer` holds each layer's own, where a load_balance_loss of 1
-    is perfect balance; `expert_load` the share of tokens each expert was asked for.
+    c · router_z_loss + i · importance_loss, the last three summed over the sparse layers as in
+    the paper (arXiv:2101.03961, §2.2). `by_layer` holds each layer's own, where a
+    load_balance_loss of 1 is perfect balance; `expert_load` the share of tokens each expert was
+    asked for.
 
     Args:
       sums: of one batch or of many, on host or device.
-      load_balance_weight: α.
-      router_z_weight: c.
+      stack_moe: has the weights α, c and i of each stack; None adds nothing to the loss.
       layer_names: names of the sparse layers of each stack, e.g. {"encoder": ("encoder/1",)}.
     """
     sums = jax.device_get(sums)
@@ -101,11 +102,15 @@ def summarize(
     stacks = sums.router.values()
     balance = sum(float(np.sum(stats.load_balance_loss)) for stats in stacks)
     router_z = sum(float(np.sum(stats.router_z_loss)) for stats in stacks)
-    choices = sum(float(np.sum(stats.num_choices)) for stats in stacks)
-    dropped = sum(float(np.sum(stats.num_dropped)) for stats in stacks)
+    choices = sum(float(np.sum(stats.num_choices_K)) for stats in stacks)
+    dropped = sum(float(np.sum(stats.num_dropped_K)) for stats in stacks)
     tokens = sum(float(np.sum(stats.num_tokens)) for stats in stacks)
     entropy = sum(float(np.sum(stats.entropy)) for stats in stacks)
-    summary["loss"] += load_balance_weight * balance + router_z_weight * router_z
+    for stack, moe in (stack_moe or {}).items():
+        stats = sums.router[stack]
+        summary["loss"] += moe.load_balance_weight * float(np.sum(stats.load_balance_loss))
+        summary["loss"] += moe.router_z_weight * float(np.sum(stats.router_z_loss))
+        summary["loss"] += moe.importance_weight * float(np.sum(stats.importance_loss))
     summary |= {
         "load_balance_loss": balance,
         "router_z_loss": router_z,
@@ -123,6 +128,9 @@ def summarize(
                 metric: float(np.asarray(getattr(stats, metric))[index])
                 for metric in ROUTER_METRICS
             }
+            by_rank = np.asarray(stats.dropped_fraction_by_rank)[index]
+            if len(by_rank) > 1:
+                summary["by_layer"][name]["dropped_fraction_by_rank"] = by_rank.tolist()
     return summary
 
 
@@ -137,8 +145,7 @@ def summarizer(model: ModelConfig) -> Callable[[Any], dict[str, Any]]:
     }
     return functools.partial(
         summarize,
-        load_balance_weight=model.moe.load_balance_weight if model.moe else 0.0,
-        router_z_weight=model.moe.router_z_weight if model.moe else 0.0,
+        stack_moe=model.stack_moe,
         layer_names=names,
     )
 

@@ -59,7 +59,7 @@ class Progress:
         first_step: int,
         last_step: int,
         log_period: int,
-        flops_per_step: int,
+        flops_per_step: float,
         on_nonfinite: str,
     ):
         self._writer = writer

@@ -55,7 +55,8 @@ def create_state(
     def init_params() -> Any:
         # The number of tokens changes no parameter; rows keep routing groups whole.
         tokens_BT = jnp.zeros((1, 1), jnp.int32)
-        return model.init(jax.random.key(seed), tokens_BT, tokens_BT)["params"]
+        tasks: dict[str, Any] = {"encoder_task_ids": tokens_BT, "decoder_task_ids": tokens_BT}
+        return model.init(jax.random.key(seed), tokens_BT, tokens_BT, **tasks)["params"]
 
     boxed = jax.eval_shape(init_params)
     names = sharding.logical_axes(boxed)

@@ -1,17 +1,21 @@
 """One update: forward, gradients over microbatches, guard, optimizer."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from switchx.batch import Batch
-from switchx.models.t5 import T5Output, output_head
+from switchx.models.config import ModelConfig
+from switchx.models.stacking import sparse_layers
+from switchx.models.t5 import T5, T5Output, output_head
+from switchx.moe import routing
+from switchx.moe.assignment import RouterStats
 from switchx.moe.layer import MoeConfig
 from switchx.sharding import constrain
 from switchx.training.losses import LossConfig, cross_entropy
@@ -39,27 +43,22 @@ class StepMetrics:
 LossFunction = Callable[[Any, Batch, dict[str, jax.Array] | None, Any], tuple[jax.Array, Sums]]
 
 
-def token_counts(batch: Batch, moe: MoeConfig | None) -> dict[str, jax.Array]:
+def token_counts(batch: Batch, stack_moe: Mapping[str, MoeConfig]) -> dict[str, jax.Array]:
     """What the parts of the loss are divided by: target tokens, and tokens routed per stack."""
-    encoder, decoder = batch.encoder_segment_ids != 0, batch.decoder_segment_ids != 0
-    if moe is not None and moe.route_padding:
-        encoder, decoder = jnp.ones_like(encoder), jnp.ones_like(decoder)
-    counts = {
-        "targets": jnp.sum(batch.decoder_loss_weights),
-        "encoder": jnp.sum(encoder),
-        "decoder": jnp.sum(decoder),
-    }
+    segment_ids = {"encoder": batch.encoder_segment_ids, "decoder": batch.decoder_segment_ids}
+    counts = {"targets": jnp.sum(batch.decoder_loss_weights)}
+    for stack, moe in stack_moe.items():
+        counts[stack] = jnp.sum((segment_ids[stack] != 0) | moe.route_padding)
     return {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in counts.items()}
 
 
-def make_loss(
-    model: nn.Module, loss_config: LossConfig, moe: MoeConfig | None, *, train: bool
-) -> LossFunction:
+def make_loss(model: T5, loss_config: LossConfig, *, train: bool) -> LossFunction:
     """Loss of a batch, or a microbatch's share of its batch's loss.
 
     ``loss(params, batch, rngs, counts)`` is Σ (CE + z-loss) / targets + Σ over stacks of
-    (α Σ load balance + c Σ router z) / tokens, with the `token_counts` of the whole batch: the
-    losses of microbatches add up to the loss of the batch, and so do their gradients.
+    (α Σ load balance + i Σ importance + c Σ router z) / tokens, with the `token_counts` of the
+    whole batch: the losses of microbatches add up to the loss of the batch, and so do their
+    gradients.
     """
 
     def loss(
@@ -71,6 +70,8 @@ def make_loss(
             batch.decoder_input_tokens,
             encoder_segment_ids=batch.encoder_segment_ids,
             decoder_segment_ids=batch.decoder_segment_ids,
+            encoder_task_ids=batch.encoder_task_ids,
+            decoder_task_ids=batch.decoder_task_ids,
             train=train,
             rngs=rngs,
             method="features",
@@ -87,9 +88,11 @@ def make_loss(
         total = token_loss / counts["targets"]
         router = stack_stats(output.router)
         for stack, stats in router.items():
-            assert moe is not None
+            moe = model.config.stack_moe[stack]
             total += moe.load_balance_weight * jnp.sum(stats.load_balance) / counts[stack]
             total += moe.router_z_weight * jnp.sum(stats.router_z) / counts[stack]
+            if moe.importance_weight:
+                total += moe.importance_weight * jnp.sum(stats.importance) / counts[stack]
         segment_ids = (batch.encoder_segment_ids, batch.decoder_segment_ids)
         return total, Sums(
             tokens=tokens,
@@ -102,9 +105,8 @@ def make_loss(
 
 
 def make_train_step(
-    model: nn.Module,
+    model: T5,
     loss_config: LossConfig,
-    moe: MoeConfig | None,
     optimizer: optax.GradientTransformation,
     *,
     num_microbatches: int = 1,
@@ -116,12 +118,12 @@ def make_train_step(
     costs the memory of one and gives the update of the whole. A loss or gradient that is not
     finite leaves parameters and optimizer as they were; `StepMetrics.finite` says so.
     """
-    loss = make_loss(model, loss_config, moe, train=True)
+    loss = make_loss(model, loss_config, train=True)
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, Sums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        counts = token_counts(batch, moe)
+        counts = token_counts(batch, model.config.stack_moe)
 
         def microbatch_gradients(index: Any, rows: Batch) -> tuple[jax.Array, Any, Sums]:
             dropout, jitter = jax.random.split(jax.random.fold_in(key, index))
@@ -159,10 +161,12 @@ def make_train_step(
         def choose(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old)
 
+        params = optax.apply_updates(state.params, updates)
+        params = update_biases(params, model.config, sums.router)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=jax.tree.map(choose, optax.apply_updates(state.params, updates), state.params),
+            params=jax.tree.map(choose, params, state.params),
             opt_state=jax.tree.map(choose, opt_state, state.opt_state),
         )
         norms = {}
@@ -171,6 +175,28 @@ def make_train_step(
         return new_state, StepMetrics(sums=sums, grad_norm=grad_norm, finite=finite, norms=norms)
 
     return train_step
+
+
+def update_biases(params: Any, config: ModelConfig, router: Mapping[str, RouterStats]) -> Any:
+    """Parameters with the biases of `loss_free` layers moved by the loads of a batch."""
+    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
+    for stack, moe in config.stack_moe.items():
+        if moe.router != "loss_free":
+            continue
+        sparse = config.encoder_sparse if stack == "encoder" else config.decoder_sparse
+        loads = dict(
+            zip(
+                (layer for layer, is_sparse in enumerate(sparse) if is_sparse),
+                router[stack].tokens_per_expert_E,
+                strict=True,
+            )
+        )
+        for path, layers in sparse_layers(config, stack):
+            path = (stack, *path, "mlp", "balance_bias")
+            load = jnp.stack([loads[layer] for layer in layers])
+            bias = flat[path]
+            flat[path] = routing.update_bias(bias, load.reshape(bias.shape), moe.bias_update_rate)
+    return traverse_util.unflatten_dict(flat)
 
 
 def _norms(tree: Any) -> dict[str, jax.Array]:

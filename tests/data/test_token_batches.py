@@ -21,11 +21,12 @@ from switchx.errors import UserError
 LENGTHS = {"inputs": 64, "targets": 24}
 
 
+# Everything but whose task a token is, which no stream depends on.
+FIELDS = [f.name for f in dataclasses.fields(Batch) if not f.name.endswith("task_ids")]
+
+
 def same(left, right):
-    return all(
-        np.array_equal(getattr(left, f.name), getattr(right, f.name))
-        for f in dataclasses.fields(Batch)
-    )
+    return all(np.array_equal(getattr(left, name), getattr(right, name)) for name in FIELDS)
 
 
 def file_task(folder, name, count):
@@ -97,6 +98,30 @@ def test_a_mixture_keeps_its_rates_and_repeats_every_task_on_its_own(tmp_path):
     # No pattern: how often a name follows itself is what chance makes of it.
     repeats = (names[1:] == names[:-1]).mean()
     assert abs(repeats - sum((rate / 8) ** 2 for rate in rates.values())) < 0.02
+
+
+def test_every_token_has_the_number_of_its_task(tmp_path):
+    config = mixture(tmp_path, {"a": 7, "b": 50, "c": 300}, {"a": 1, "b": 5, "c": 2})
+
+    def check(batch, names):
+        seen = set()
+        for row, segment in {tuple(each) for each in np.argwhere(batch.encoder_segment_ids)}:
+            segment = batch.encoder_segment_ids[row, segment]
+            mine = batch.encoder_segment_ids[row] == segment
+            text = decode_tokens(config, batch.encoder_tokens[row][mine])
+            expected = "abc".index(text[0])
+            assert set(batch.encoder_task_ids[row][mine]) == {expected}
+            targets = batch.decoder_segment_ids[row] == segment
+            assert set(batch.decoder_task_ids[row][targets]) == {expected}
+            seen.add(text[0])
+        assert not batch.encoder_task_ids[batch.encoder_segment_ids == 0].any()
+        assert seen <= set(names)
+
+    for batch in itertools.islice(build_train(config), 3):
+        check(batch, "abc")
+    # Also where a task is evaluated alone.
+    for name in "ac":
+        check(next(iter(build_eval(config, task=name))), name)
 
 
 def test_shares_are_exact_over_many_windows(tmp_path):
@@ -222,8 +247,8 @@ def test_the_law_of_the_stream_is_the_one_of_its_number(name, pack, digest):
     batches.seek({**batches.position(), "window": 1})
     found = hashlib.sha256()
     for batch in itertools.islice(batches, 3):
-        for field in dataclasses.fields(Batch):
-            found.update(np.ascontiguousarray(getattr(batch, field.name)).tobytes())
+        for name in FIELDS:
+            found.update(np.ascontiguousarray(getattr(batch, name)).tobytes())
     assert (token_batches.LAW, found.hexdigest()[:16]) == (1, digest)
 
 

@@ -61,4 +61,4 @@ def test_dropless_has_room_for_every_routing():
     config = dropless(small_config())
     assert config.moe.eval_capacity_factor is None and config.moe.group_size == "row"
     dense = small_config(moe=None)
-    assert dropless(dense) is dense
+    assert dropless(dense) == dense

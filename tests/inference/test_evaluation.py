@@ -19,7 +19,7 @@ def setting():
 
 def test_a_split_is_the_sum_of_its_batches_whatever_their_size(setting):
     config, params = setting
-    step = jax.jit(make_eval_step(T5(config), LossConfig(), config.moe))
+    step = jax.jit(make_eval_step(T5(config), LossConfig()))
     whole = random_batch(rows=8)
     pieces = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 2], whole) for i in range(0, 8, 2)]
     expected, found = summarize(step(params, whole)), summarize(evaluate(step, params, pieces))
@@ -35,7 +35,7 @@ def test_evaluation_uses_its_own_capacity_and_no_dropout(setting):
 
     def dropped(moe):
         model = T5(dataclasses.replace(config, moe=moe))
-        sums = jax.jit(make_eval_step(model, LossConfig(), moe))(params, batch)
+        sums = jax.jit(make_eval_step(model, LossConfig()))(params, batch)
         return summarize(sums)["dropped_fraction"]
 
     assert dropped(tight) > 0.3

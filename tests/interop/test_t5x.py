@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from switchx import configuration
+from switchx.errors import UserError
 from switchx.experiment import Experiment
 from switchx.interop import rules, t5x
 from switchx.models.config import ModelConfig
@@ -64,9 +65,23 @@ FEED_FORWARD = {
         "mlp/router/router_weights/w/kernel": "DE",
     },
 }
+FEED_FORWARD["sparse, gated, extra"] = FEED_FORWARD["sparse, gated"] | {
+    "extra_mlp/wi_0/kernel": "DF",
+    "extra_mlp/wi_1/kernel": "DF",
+    "extra_mlp/wo/kernel": "FD",
+    "pre_extra_mlp_layer_norm/scale": "D",
+}
 # By model: d_model, heads, head_dim, d_ff, layers of each stack, tied, feed-forward layers of
 # a stack in turn, experts. T5X's own gin files, and the T5X counterpart of those it has not.
+SPARSE_4 = [*["dense, gated"] * 3, "sparse, gated"]
+ST_MOE = [*["dense, gated"] * 3, "sparse, gated, extra"]
 TREES = {
+    "expert_choice_base": (768, 12, 64, 2048, 12, False, ["dense, gated", "sparse, gated"], 64),
+    "gshard_600b": (1024, 16, 128, 8192, 18, True, ["dense", "sparse"], 2048),
+    "openmoe_base": (768, 12, 64, 2048, 12, False, ST_MOE, 16),
+    "st_moe_32b": (5120, 64, 128, 20480, 24, False, ST_MOE, 64),
+    "st_moe_base": (768, 12, 64, 2048, 12, False, ST_MOE, 16),
+    "st_moe_large": (1024, 16, 64, 2816, 27, False, SPARSE_4, 32),
     "switch_base": (768, 12, 64, 3072, 12, True, ["dense", "sparse"], 8),
     "switch_c": (2080, 32, 64, 6144, 15, False, ["sparse"], 2048),
     "switch_large": (1024, 16, 64, 4096, 24, True, ["dense", "sparse"], 128),
@@ -122,7 +137,8 @@ def our_tree(config: ModelConfig):
 
 def test_every_model_has_its_tree():
     models = {path.stem for path in (ROOT / "gin_configs/models").glob("*.gin")}
-    assert set(TREES) == models - {"switch_layers"}
+    # T5X's experts are as wide as its dense layers, and none are shared.
+    assert set(TREES) == models - {"switch_layers", "olmoe_base", "deepseek_moe_base"}
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
@@ -193,3 +209,19 @@ def test_router_bias():
     assert found["encoder/layers_1/mlp/router/bias"] == (
         "encoder/layers_1/mlp/router/router_weights/w/bias",
     )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"router": "loss_free"},
+        {"router": "cosine"},
+        {"router": "hash"},
+        {"num_shared_experts": 2},
+        {"expert_bias": True},
+    ],
+)
+def test_what_t5x_does_not_have_is_named(fields):
+    config = dataclasses.replace(SMALL, moe=MoeConfig(num_experts=7, **fields))
+    with pytest.raises(UserError, match=f"MoeConfig.{next(iter(fields))} = .* T5X has no such"):
+        list(t5x.rules(config))

@@ -285,7 +285,11 @@ class TestFlops:
     @pytest.mark.parametrize("factor", [1.25, 2.0, None], ids=str)
     def test_capacity_padding_is_what_the_module_computes_beyond(self, factor):
         moe = MoeConfig(
-            num_experts=5, eval_capacity_factor=factor, min_capacity=0, group_size="row"
+            num_experts=5,
+            eval_capacity_factor=factor,
+            min_capacity=0,
+            group_size="row",
+            dispatch="gather",
         )
         config = ModelConfig(
             vocab_size=37,

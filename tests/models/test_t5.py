@@ -15,6 +15,7 @@ from switchx.models.config import ModelConfig
 from switchx.models.layers import relative_position_buckets
 from switchx.models.stacking import stack_layers
 from switchx.models.t5 import T5, Stack, output_head
+from switchx.moe.assignment import Tokens
 from switchx.moe.layer import MoeConfig
 from switchx.moe.routing import ROUTERS
 
@@ -173,6 +174,10 @@ def test_equals_numpy(config, random_params):
     assert output.logits.shape == (B, T, V)
 
 
+# Every router that a decoder may use.
+CAUSAL = [name for name, scheme in ROUTERS.items() if scheme.causal]
+
+
 class TestCausality:
     """Position t of the decoder is a function of the positions up to t."""
 
@@ -186,7 +191,8 @@ class TestCausality:
             jnp.asarray, (x_1TD, encoded_1SD, rng.normal(size=D))
         )
         cross = (encoded_1SD, jnp.ones((1, 1, 1, S), bool)) if causal else ()
-        arguments = (jnp.ones((1, T), bool), None, *cross)
+        known = Tokens(jnp.ones((1, T), bool), tokens(T, rows=1), None, jnp.zeros((1, T), int))
+        arguments = (known, *cross)
         params = random_params(stack, x_1TD, *arguments, train=False)
 
         def project(x_1TD, params):
@@ -196,30 +202,35 @@ class TestCausality:
         jacobian, stats = jax.jit(jax.jacrev(project, has_aux=True))(x_1TD, params)
         return np.abs(jacobian).sum(axis=(1, 3)), stats
 
-    @pytest.mark.parametrize("router", ROUTERS)
+    @pytest.mark.parametrize("router", CAUSAL)
     @pytest.mark.parametrize("moe", [DROPLESS, TIGHT], ids=["dropless", "tight"])
     def test_by_gradient(self, router, moe, random_params):
-        moe = dataclasses.replace(moe, router=router)
+        top_k = {} if "top_k" not in ROUTERS[router].fields else {"top_k": 2}
+        moe = dataclasses.replace(moe, router=router, **top_k)
         jacobian, stats = self.jacobian(
             dataclasses.replace(DENSE, moe=moe, sparse_every=1), True, random_params
         )
         np.testing.assert_array_equal(jacobian > 0, np.tri(T, dtype=bool))
-        assert (stats[0].num_dropped > 0) == (moe.capacity_factor is not None)
+        assert (stats[0].num_dropped_K.sum() > 0) == (moe.capacity_factor is not None)
 
     def test_the_encoder_is_not_causal(self, random_params):
         jacobian, _ = self.jacobian(SPARSE, False, random_params)
         assert np.all(jacobian > 0)
 
-    @pytest.mark.parametrize("router", ROUTERS)
+    @pytest.mark.parametrize("router", CAUSAL)
     def test_no_slot_is_lost_to_a_later_token(self, router, random_params):
         # What a gradient cannot see: a token that takes another's slot.
-        moe = dataclasses.replace(TIGHT, router=router)
+        top_k = {} if "top_k" not in ROUTERS[router].fields else {"top_k": 2}
+        moe = dataclasses.replace(TIGHT, router=router, priority="token", **top_k)
         model = T5(dataclasses.replace(DENSE, moe=moe, sparse_every=1))
-        params = random_params(model, ONE, ONE)
+        tasks = {"encoder_task_ids": ONE, "decoder_task_ids": ONE}
+        params = random_params(model, ONE, ONE, **tasks)
         encoder_tokens, decoder_tokens = tokens(S), tokens(T, seed=1)
         masks = {"encoder_mask": real(S, S, S, S), "decoder_mask": real(T, T, T, T)}
+        for stack, length in (("encoder", S), ("decoder", T)):
+            masks[f"{stack}_task_ids"] = jnp.zeros((B, length), int)
         output = apply(model, params, encoder_tokens, decoder_tokens, **masks)
-        assert sum(stats.num_dropped for stats in output.router["decoder"]) > 0
+        assert sum(stats.num_dropped_K.sum() for stats in output.router["decoder"]) > 0
         for first in range(1, T):
             changed = decoder_tokens.at[:, first:].set(tokens(T, seed=2)[:, first:])
             logits = apply(model, params, encoder_tokens, changed, **masks).logits
@@ -266,7 +277,7 @@ class TestPackingAndPadding:
             jnp.where(decoder_mask, decoder_tokens, tokens(T, seed=3)),
             **masks,
         )
-        assert sum(stats.num_dropped for stats in output.router["encoder"]) > 0
+        assert sum(stats.num_dropped_K.sum() for stats in output.router["encoder"]) > 0
         assert_close(other.encoded[encoder_mask], output.encoded[encoder_mask])
         assert_close(other.logits[decoder_mask], output.logits[decoder_mask])
         assert_trees_close(other.router, output.router)
@@ -308,8 +319,8 @@ def objective(y, stats):
 def encoder_gradients(config, params, x_BSD):
     def loss(params, x_BSD):
         stack = Stack(config, config.encoder_sparse, causal=False)
-        mask_BS = jnp.ones((B, S), bool)
-        return objective(*stack.apply({"params": params}, x_BSD, mask_BS, None, train=True))
+        known = Tokens(jnp.ones((B, S), bool))
+        return objective(*stack.apply({"params": params}, x_BSD, known, train=True))
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_BSD)
 
@@ -358,7 +369,7 @@ class TestScanAndRemat:
         params, x_BSD, ((loss, (y_BSD, stats)), (gradients, x_gradient)) = unrolled(name)
         # Everything learns, and something was dropped.
         assert all(np.abs(leaf).max() > 1e-6 for leaf in jax.tree.leaves(gradients))
-        assert sum(layer.num_dropped for layer in stats) > 0
+        assert sum(layer.num_dropped_K.sum() for layer in stats) > 0
         config = pattern_config(name, scan_layers=scan_layers, remat=remat)
         if scan_layers:
             params, gradients = (self.stack_encoder(tree, name) for tree in (params, gradients))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchx.moe import routing
-from switchx.moe.assignment import Choice
+from switchx.moe import placement, routing
+from switchx.moe.assignment import Choice, Routing
 from switchx.moe.balance import router_stats
 
 LN2, LN3, LN5 = np.log([2, 3, 5])
@@ -17,9 +17,10 @@ LN2, LN3, LN5 = np.log([2, 3, 5])
 @functools.partial(jax.jit, static_argnames="capacity")
 def switch_stats(logits_GME, mask_GM, *, capacity):
     """Route, place and sum up."""
-    choice = routing.switch(logits_GME)
-    slots = routing.place(choice, mask_GM, num_experts=logits_GME.shape[-1], capacity=capacity)
-    return router_stats(logits_GME, choice, slots, mask_GM)
+    routed = routing.switch(logits_GME)
+    num_experts = logits_GME.shape[-1]
+    slots = placement.place(routed.decision, mask_GM, num_experts=num_experts, capacity=capacity)
+    return router_stats(logits_GME, routed, slots, mask_GM)
 
 
 def random_example(groups=3, tokens=11, num_experts=5, seed=0):
@@ -48,13 +49,18 @@ def hand_worked():
 def test_hand_worked():
     stats = switch_stats(*hand_worked(), capacity=1)
     assert stats.num_tokens == 6
-    assert stats.num_choices == 6
+    np.testing.assert_array_equal(stats.num_choices_K, [6])
     # First group: tokens 0 and 1 ask expert 0, 2 asks 2, 3 asks 1. Second: both ask 1.
     np.testing.assert_array_equal(stats.tokens_per_expert_E, [2, 3, 1])
     # One slot each: token 1 of the first group and token 2 of the second go without.
-    assert stats.num_dropped == 2
+    np.testing.assert_array_equal(stats.num_dropped_K, [2])
     np.testing.assert_allclose(stats.dropped_fraction, 1 / 3, rtol=1e-6)
     np.testing.assert_allclose(stats.expert_load, [2 / 6, 3 / 6, 1 / 6], rtol=1e-6)
+    # Half of the load on one of three experts: half over the mean.
+    np.testing.assert_allclose(stats.max_violation, 0.5, rtol=1e-6)
+    # Gates in eighths. First group: (4 + 5, 6, 4), mean 19/3, variance 38/9: 4 tokens times 38/361.
+    # Second: (0, 4 + 5, 0), squared variation 2, 2 tokens.
+    np.testing.assert_allclose(stats.importance, 4 * 38 / 361 + 2 * 2, rtol=1e-5)
     # First group: f = (1/2, 1/4, 1/4), sums of probabilities (12, 12, 8) / 8:
     # 3 (1.5/2 + 1.5/4 + 1/4) = 4.125. Second: f = (0, 1, 0), sum for expert 1 is 9/8: 3.375.
     np.testing.assert_allclose(stats.load_balance, 4.125 + 3.375, rtol=1e-6)
@@ -70,48 +76,60 @@ def test_hand_worked():
     np.testing.assert_allclose(stats.router_entropy, entropy / 6, rtol=1e-5)
 
 
-def stats_by_loop(logits_GME, expert_index_GMK, kept_GMK, mask_GM):
-    """The definitions, one token after the other, in float64."""
+def stats_by_loop(logits_GME, expert_index_GMK, gate_GMK, kept_GMK, mask_GM, counted):
+    """The definitions, one token after the other, in float64. E is a choice that is not made."""
     groups, tokens, num_experts = logits_GME.shape
-    sums = dict.fromkeys(
-        ("num_tokens", "num_choices", "num_dropped", "load_balance", "router_z"), 0.0
-    )
+    top_k = expert_index_GMK.shape[-1]
+    sums = dict.fromkeys(("num_tokens", "load_balance", "router_z", "importance"), 0.0)
+    sums |= {"num_choices_K": np.zeros(top_k), "num_dropped_K": np.zeros(top_k)}
     sums |= {"entropy": 0.0, "confidence": 0.0, "tokens_per_expert_E": np.zeros(num_experts)}
     for g in range(groups):
-        first, mass, real = np.zeros(num_experts), np.zeros(num_experts), 0
+        asked, mass, real = np.zeros(num_experts), np.zeros(num_experts), 0
+        importance = np.zeros(num_experts)
         for m in range(tokens):
             if not mask_GM[g, m]:
                 continue
             real += 1
             exponentials = np.exp(logits_GME[g, m].astype(np.float64))
             p = exponentials / exponentials.sum()
-            first[expert_index_GMK[g, m, 0]] += 1
+            for e in expert_index_GMK[g, m, : top_k if counted == "all" else 1]:
+                if e < num_experts:
+                    asked[e] += 1
             mass += p
             sums["router_z"] += np.log(exponentials.sum()) ** 2
             sums["entropy"] -= sum(q * np.log(q) for q in p)
             sums["confidence"] += p.max()
-            for e, kept in zip(expert_index_GMK[g, m], kept_GMK[g, m], strict=True):
-                sums["num_choices"] += 1
-                sums["num_dropped"] += not kept
-                sums["tokens_per_expert_E"][e] += 1
+            for k, e in enumerate(expert_index_GMK[g, m]):
+                if e < num_experts:
+                    sums["num_choices_K"][k] += 1
+                    sums["num_dropped_K"][k] += not kept_GMK[g, m, k]
+                    sums["tokens_per_expert_E"][e] += 1
+                    importance[e] += gate_GMK[g, m, k]
         sums["num_tokens"] += real
         if real:
-            sums["load_balance"] += real * num_experts * sum((first / real) * (mass / real))
+            sums["load_balance"] += real * num_experts * sum((asked / real) * (mass / real))
+            sums["importance"] += real * (importance.std() / importance.mean()) ** 2
     return sums
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_equals_loop(top_k):
+@pytest.mark.parametrize(("top_k", "counted"), [(1, "first"), (2, "all"), (3, "first")])
+def test_equals_loop(top_k, counted):
     logits_GME, mask_GM = random_example()
     mask_GM = mask_GM.at[1].set(False)  # a group of nothing but padding
     expert_index_GMK = jnp.argsort(-logits_GME, axis=-1)[..., :top_k]
-    choice = Choice(expert_index_GMK=expert_index_GMK, gate_GMK=jnp.ones(expert_index_GMK.shape))
-    place = jax.jit(routing.place, static_argnames=("num_experts", "capacity"))
+    if top_k == 3:
+        expert_index_GMK = expert_index_GMK.at[:, ::2, 1].set(5)  # not made
+    rng = np.random.default_rng(8)
+    gate_GMK = jnp.asarray(rng.random(expert_index_GMK.shape), jnp.float32)
+    choice = Choice(expert_index_GMK=expert_index_GMK, gate_GMK=gate_GMK)
+    routed = Routing(decision=choice, probs_GME=jax.nn.softmax(logits_GME))
+    place = jax.jit(placement.place, static_argnames=("num_experts", "capacity"))
     slots = place(choice, mask_GM, num_experts=5, capacity=2)
-    stats = jax.jit(router_stats)(logits_GME, choice, slots, mask_GM)
-    arrays = (logits_GME, expert_index_GMK, slots.kept_GMK, mask_GM)
-    expected = stats_by_loop(*(np.asarray(array) for array in arrays))
-    assert expected["num_dropped"] > 0
+    compute = jax.jit(router_stats, static_argnames="load_balance_choices")
+    stats = compute(logits_GME, routed, slots, mask_GM, load_balance_choices=counted)
+    arrays = (logits_GME, expert_index_GMK, gate_GMK, slots.kept_GMK, mask_GM)
+    expected = stats_by_loop(*(np.asarray(array) for array in arrays), counted)
+    assert expected["num_dropped_K"][0] > 0
     for name, value in expected.items():
         np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-5, err_msg=name)
     assert stats.logits is None
@@ -130,13 +148,17 @@ def test_load_balance_is_1_at_uniform_and_num_experts_at_collapse():
     balanced = switch_stats(jnp.stack([certain] * 2), everyone, capacity=2)
     np.testing.assert_allclose(balanced.load_balance_loss, 1, rtol=1e-6)
     np.testing.assert_allclose(balanced.router_confidence, 1, rtol=1e-6)
-    assert balanced.num_dropped == 0
+    assert balanced.num_dropped_K == 0
+    np.testing.assert_allclose(balanced.importance_loss, 0, atol=1e-6)
+    np.testing.assert_allclose(balanced.max_violation, 0, atol=1e-6)
     # Certain, all to one: E.
     collapse = 100 * jax.nn.one_hot(jnp.full((2, tokens), 3), num_experts)
     collapsed = switch_stats(collapse, everyone, capacity=2)
     np.testing.assert_allclose(collapsed.load_balance_loss, num_experts, rtol=1e-6)
     np.testing.assert_allclose(collapsed.router_entropy, 0, atol=1e-6)
-    assert collapsed.num_dropped == 2 * (tokens - 2)
+    assert collapsed.num_dropped_K == 2 * (tokens - 2)
+    np.testing.assert_allclose(collapsed.importance_loss, num_experts - 1, rtol=1e-6)
+    np.testing.assert_allclose(collapsed.max_violation, num_experts - 1, rtol=1e-6)
 
 
 def test_gradient_of_load_balance_flows_through_the_probabilities_only():
@@ -187,8 +209,46 @@ def test_nothing_but_padding_is_zero_with_zero_gradients():
 
     def losses(logits_GME):
         stats = switch_stats(logits_GME, nobody, capacity=2)
-        return stats.load_balance_loss + stats.router_z_loss, stats
+        losses = stats.load_balance_loss + stats.router_z_loss + stats.importance_loss
+        return losses, stats
 
     gradient_GME, stats = jax.grad(losses, has_aux=True)(logits_GME)
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(stats))
     np.testing.assert_array_equal(gradient_GME, np.zeros(logits_GME.shape))
+
+
+def test_all_choices_of_k_experts_count_k_at_uniform():
+    logits_GME = jnp.zeros((2, 10, 5))
+    everyone = jnp.ones((2, 10), bool)
+    routed = routing.top_k(logits_GME, 3)
+    slots = placement.place(routed.decision, everyone, num_experts=5, capacity=10)
+    stats = router_stats(logits_GME, routed, slots, everyone, load_balance_choices="all")
+    np.testing.assert_allclose(stats.load_balance_loss, 3, rtol=1e-6)
+
+
+def test_where_experts_choose_tokens_that_none_took_are_dropped():
+    # Token 3 is padding. Both experts take tokens 0 and 1; token 2 goes without.
+    odds_GME = jnp.asarray([[[3.0, 1], [2, 2], [1, 9], [1, 1]]])
+    mask_GM = jnp.asarray([[True, True, True, False]])
+    logits_GME = jnp.log(odds_GME).at[0, 2].set(jnp.log(jnp.asarray([0.1, 0.1])))
+    probs_GME = jnp.asarray([[[0.75, 0.25], [0.5, 0.5], [0.1, 0.1], [0.5, 0.5]]])
+    routed = routing.expert_choice(logits_GME, mask_GM, 2)
+    routed = routed.replace(probs_GME=probs_GME)
+    decision = routed.decision.replace(token_GEC=jnp.asarray([[[0, 1], [1, 0]]], jnp.int32))
+    routed = routed.replace(decision=decision)
+    stats = router_stats(logits_GME, routed, decision, mask_GM)
+    assert stats.num_tokens == 3
+    np.testing.assert_array_equal(stats.num_choices_K, [3])
+    np.testing.assert_array_equal(stats.num_dropped_K, [1])
+    np.testing.assert_array_equal(stats.tokens_per_expert_E, [2, 2])
+    np.testing.assert_array_equal(stats.expert_load, [0.5, 0.5])
+
+
+def test_mixtures_drop_nothing_and_load_by_weight():
+    logits_GMS = jnp.log(jnp.asarray([[[1.0, 1, 2, 4], [1, 1, 1, 1], [5, 5, 5, 5]]]))
+    mask_GM = jnp.asarray([[True, True, False]])
+    routed = routing.soft_moe(logits_GMS, mask_GM, num_experts=2)
+    stats = router_stats(logits_GMS, routed, routed.decision, mask_GM)
+    assert stats.num_choices_K == 2 and stats.num_dropped_K == 0
+    # Weights of slots: (1, 1, 2, 4) / 8 and 1/4 each; an expert has two slots.
+    np.testing.assert_allclose(stats.tokens_per_expert_E, [0.25 + 0.5, 0.75 + 0.5], rtol=1e-6)

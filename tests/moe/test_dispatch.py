@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from switchx.moe import routing
-from switchx.moe.assignment import Choice
-from switchx.moe.dispatch import DISPATCHERS
+from switchx.moe import placement, routing
+from switchx.moe.assignment import Assignment, Choice, Mixture
+from switchx.moe.dispatch import DISPATCHERS, MIXTURE
 
 G, M, D, E, C = 3, 11, 6, 5, 4
 
@@ -29,9 +29,11 @@ def routings():
         yield f"K{top_k}-padded", experts_GMK, some
     yield "all-to-one", np.full((G, M, 1), 2), everyone
     yield "all-to-the-same-two", np.broadcast_to(np.asarray([4, 0]), (G, M, 2)), some
+    # Experts take tokens: no table by token, some tokens in many slots and some in none.
+    yield "experts-choose", None, some
 
 
-place = jax.jit(routing.place, static_argnames=("num_experts", "capacity"))
+place = jax.jit(placement.place, static_argnames=("num_experts", "capacity"))
 ROUTINGS = {name: (experts_GMK, mask_GM) for name, experts_GMK, mask_GM in routings()}
 
 
@@ -40,16 +42,19 @@ def case(request):
     """Slots, gates, tokens, expert outputs and cotangents (float64, NumPy) of one routing."""
     experts_GMK, mask_GM = ROUTINGS[request.param]
     rng = np.random.default_rng(1)
-    top_k = experts_GMK.shape[-1]
-    choice = Choice(
-        expert_index_GMK=jnp.asarray(experts_GMK, jnp.int32),
-        gate_GMK=jnp.ones(experts_GMK.shape),
-    )
-    slots = place(choice, jnp.asarray(mask_GM), num_experts=E, capacity=C)
+    if experts_GMK is None:
+        logits_GME = jnp.asarray(rng.normal(size=(G, M, E)) + np.arange(M)[:, None] % 4)
+        slots = routing.expert_choice(logits_GME, jnp.asarray(mask_GM), C).decision
+        assert isinstance(slots, Assignment) and slots.slot_GMK is None
+    else:
+        choice = Choice(
+            expert_index_GMK=jnp.asarray(experts_GMK, jnp.int32),
+            gate_GMK=jnp.ones(experts_GMK.shape),
+        )
+        slots = place(choice, jnp.asarray(mask_GM), num_experts=E, capacity=C)
     return {
-        "choice": choice,
         "slots": slots,
-        "gate_GMK": rng.uniform(0.1, 1, size=(G, M, top_k)),
+        "gate_GEC": rng.uniform(0.1, 1, size=(G, E, C)),
         "x_GMD": rng.normal(size=(G, M, D)),
         "y_GECD": rng.normal(size=(G, E, C, D)),
         "slots_cotangent": rng.normal(size=(G, E, C, D)),
@@ -58,15 +63,12 @@ def case(request):
 
 
 @functools.partial(jax.jit, static_argnames="name")
-def transport(name, x_GMD, y_GECD, choice, gate_GMK, slots, slots_cotangent, tokens_cotangent):
+def transport(name, x_GMD, y_GECD, gate_GEC, slots, slots_cotangent, tokens_cotangent):
     """What a backend computes, forward and backward, each in a program of its own."""
     dispatcher = DISPATCHERS[name]
-    choice = choice.replace(gate_GMK=gate_GMK)
     slots_GECD, dispatch_vjp = jax.vjp(lambda x: dispatcher.dispatch(x, slots), x_GMD)
     tokens_GMD, combine_vjp = jax.vjp(
-        lambda y, gate: dispatcher.combine(y, slots, choice.replace(gate_GMK=gate)),
-        y_GECD,
-        gate_GMK,
+        lambda y, gate: dispatcher.combine(y, slots.replace(gate_GEC=gate), M), y_GECD, gate_GEC
     )
     y_gradient, gate_gradient = combine_vjp(tokens_cotangent)
     return {
@@ -85,14 +87,13 @@ def transport_by_loop(case):
         "x_gradient": np.zeros((G, M, D)),
         "tokens": np.zeros((G, M, D)),
         "y_gradient": np.zeros((G, E, C, D)),
-        "gate_gradient": np.zeros(case["gate_GMK"].shape),
+        "gate_gradient": np.zeros((G, E, C)),
     }
-    for (g, m, k), slot in np.ndenumerate(case["slots"].slot_GMK):
-        if slot == E * C:
+    for (g, e, c), m in np.ndenumerate(case["slots"].token_GEC):
+        if m == M:
             continue
-        e, c = divmod(int(slot), C)
         gate, y, cotangent = (
-            case["gate_GMK"][g, m, k],
+            case["gate_GEC"][g, e, c],
             case["y_GECD"][g, e, c],
             case["tokens_cotangent"][g, m],
         )
@@ -100,7 +101,7 @@ def transport_by_loop(case):
         result["x_gradient"][g, m] += case["slots_cotangent"][g, e, c]
         result["tokens"][g, m] += gate * y
         result["y_gradient"][g, e, c] = gate * cotangent
-        result["gate_gradient"][g, m, k] = y @ cotangent
+        result["gate_gradient"][g, e, c] = y @ cotangent
     return result
 
 
@@ -113,8 +114,8 @@ def test_equals_loop_forward_and_backward(case, name, dtype, tolerance):
     with jax.enable_x64(True):
         activations = ("x_GMD", "y_GECD", "slots_cotangent", "tokens_cotangent")
         arrays = {key: jnp.asarray(case[key], dtype) for key in activations}
-        arrays["gate_GMK"] = jnp.asarray(case["gate_GMK"], gate_dtype)
-        result = transport(name, choice=case["choice"], slots=case["slots"], **arrays)
+        arrays["gate_GEC"] = jnp.asarray(case["gate_GEC"], gate_dtype)
+        result = transport(name, slots=case["slots"], **arrays)
     for key, expected in transport_by_loop(case).items():
         assert result[key].dtype == (gate_dtype if key == "gate_gradient" else dtype), key
         np.testing.assert_allclose(
@@ -128,14 +129,14 @@ def test_equals_loop_forward_and_backward(case, name, dtype, tolerance):
 
 @functools.partial(jax.jit, static_argnames="name")
 def value_and_gradients(name, x_GMD, w_EDD, logits_GME, mask_GM):
-    """A whole layer around a backend: Switch routing, one matrix and a sine per expert."""
+    """A whole layer around a backend: top-2 routing, one matrix and a sine per expert."""
     dispatcher = DISPATCHERS[name]
 
     def loss(x_GMD, w_EDD, logits_GME):
-        choice = routing.switch(logits_GME)
-        slots = routing.place(choice, mask_GM, num_experts=E, capacity=C)
+        choice = routing.top_k(logits_GME, 2).decision
+        slots = placement.place(choice, mask_GM, num_experts=E, capacity=C)
         slots_GECD = jnp.einsum("gecd,edf->gecf", dispatcher.dispatch(x_GMD, slots), w_EDD)
-        y_GMD = dispatcher.combine(jnp.sin(slots_GECD), slots, choice)
+        y_GMD = dispatcher.combine(jnp.sin(slots_GECD), slots, M)
         return jnp.sum(jnp.square(y_GMD - 1)), y_GMD
 
     return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x_GMD, w_EDD, logits_GME)
@@ -160,13 +161,14 @@ def test_gather_equals_einsum_through_experts():
 
 @pytest.mark.parametrize("name", DISPATCHERS)
 def test_identity_experts_with_gate_1_give_back_the_kept_tokens(case, name):
-    dispatcher, choice, slots = DISPATCHERS[name], case["choice"], case["slots"]
+    dispatcher, token_GEC = DISPATCHERS[name], case["slots"].token_GEC
+    slots = case["slots"].replace(gate_GEC=jnp.where(token_GEC < M, 1.0, 0.0))
     x_GMD = jnp.asarray(case["x_GMD"], jnp.float32)
-    tokens_GMD = jax.jit(
-        lambda x: dispatcher.combine(dispatcher.dispatch(x, slots), slots, choice)
-    )(x_GMD)
-    # Once for every choice that was kept; exactly zero where none was.
-    times_GM1 = np.asarray(slots.kept_GMK).sum(-1, keepdims=True)
+    tokens_GMD = jax.jit(lambda x: dispatcher.combine(dispatcher.dispatch(x, slots), slots, M))(
+        x_GMD
+    )
+    # Once for every slot it is in; exactly zero where that is none.
+    times_GM1 = np.asarray(jax.nn.one_hot(token_GEC, M).sum(axis=(1, 2)))[..., None]
     assert (times_GM1 == 0).any()
     np.testing.assert_allclose(tokens_GMD, times_GM1 * np.asarray(x_GMD), rtol=1e-6)
 
@@ -207,12 +209,13 @@ def test_gather_has_no_scatter_add_and_no_mask_forward_or_backward(top_k):
         gate_GMK=jnp.ones((groups, tokens, top_k)),
     )
     mask_GM = jnp.ones((groups, tokens), bool)
-    slots = place(choice, mask_GM, num_experts=experts, capacity=capacity)
 
     def loss(x_GMD, gate_GMK, name):
         dispatcher = DISPATCHERS[name]
+        asked = choice.replace(gate_GMK=gate_GMK)
+        slots = placement.place(asked, mask_GM, num_experts=experts, capacity=capacity)
         slots_GECD = jnp.sin(dispatcher.dispatch(x_GMD, slots))
-        y_GMD = dispatcher.combine(slots_GECD, slots, choice.replace(gate_GMK=gate_GMK))
+        y_GMD = dispatcher.combine(slots_GECD, slots, tokens)
         return jnp.sum(jnp.square(y_GMD))
 
     def look(name):
@@ -227,3 +230,23 @@ def test_gather_has_no_scatter_add_and_no_mask_forward_or_backward(top_k):
     assert look("einsum")[1] >= groups * tokens * experts * capacity
     plain = jax.grad(lambda x: jnp.sum(jnp.square(x[jnp.asarray([0, 1])])))
     assert "scatter-add" in primitives_and_largest(plain, jnp.ones((tokens, width)))[0]
+
+
+def test_mixtures_are_weighted_means_both_ways():
+    rng = np.random.default_rng(4)
+    dispatch_GMEC = rng.random((G, M, E, C))
+    combine_GMEC = rng.random((G, M, E, C))
+    x_GMD, y_GECD = rng.normal(size=(G, M, D)), rng.normal(size=(G, E, C, D))
+    with jax.enable_x64(True):
+        mixture = Mixture(
+            dispatch_GMEC=jnp.asarray(dispatch_GMEC), combine_GMEC=jnp.asarray(combine_GMEC)
+        )
+        slots_GECD = MIXTURE.dispatch(jnp.asarray(x_GMD), mixture)
+        tokens_GMD = MIXTURE.combine(jnp.asarray(y_GECD), mixture, M)
+    for g, e, c in np.ndindex(G, E, C):
+        expected = sum(dispatch_GMEC[g, m, e, c] * x_GMD[g, m] for m in range(M))
+        np.testing.assert_allclose(slots_GECD[g, e, c], expected, rtol=1e-12, atol=1e-12)
+    for g, m in np.ndindex(G, M):
+        weights = combine_GMEC[g, m][..., None]
+        expected = (weights * y_GECD[g]).sum(axis=(0, 1))
+        np.testing.assert_allclose(tokens_GMD[g, m], expected, rtol=1e-12, atol=1e-12)

@@ -11,7 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from switchx.errors import UserError
-from switchx.moe.layer import ACTIVATIONS, MoeConfig, MoeLayer, group_shape
+from switchx.moe.assignment import Tokens
+from switchx.moe.experts import ACTIVATIONS
+from switchx.moe.layer import MoeConfig, MoeLayer, group_shape
 from switchx.sharding import logical_axes
 
 B, T, D, E, F = 4, 9, 6, 5, 7
@@ -48,7 +50,9 @@ def everyone():
 def random_params(layer, seed=1):
     """Parameters of the layer's shapes, drawn by NumPy."""
     x_BTD, mask_BT = inputs()
-    shapes = jax.eval_shape(layer.init, jax.random.key(0), x_BTD, mask_BT)["params"]
+    shapes = jax.eval_shape(layer.init, jax.random.key(0), x_BTD, Tokens(jnp.asarray(mask_BT)))[
+        "params"
+    ]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(0, leaf.shape[-2:][0] ** -0.5, leaf.shape).astype(np.float32),
@@ -58,7 +62,7 @@ def random_params(layer, seed=1):
 
 @functools.partial(jax.jit, static_argnums=0)
 def apply(layer, params, x_BTD, mask_BT, rngs=None):
-    return layer.apply({"params": params}, x_BTD, mask_BT, rngs=rngs)
+    return layer.apply({"params": params}, x_BTD, Tokens(jnp.asarray(mask_BT)), rngs=rngs)
 
 
 def assert_trees_close(actual, expected, **tolerance):
@@ -125,12 +129,12 @@ class TestAgainstLoop:
         np.testing.assert_allclose(y_BTD, expected, rtol=1e-4, atol=1e-5)
         assert y_BTD.dtype == jnp.float32
         assert stats.num_tokens == mask_BT.sum() == 31
-        assert stats.num_dropped == (mask_BT & ~kept_BT).sum() > 0
+        assert stats.num_dropped_K.sum() == (mask_BT & ~kept_BT).sum() > 0
 
     def test_training_drops_more_than_evaluation(self):
         params = random_params(make_layer())
         dropped = [
-            apply(make_layer(train=train), params, *inputs())[1].num_dropped
+            apply(make_layer(train=train), params, *inputs())[1].num_dropped_K.sum()
             for train in (True, False)
         ]
         assert dropped[0] > dropped[1] > 0
@@ -141,7 +145,7 @@ class TestAgainstLoop:
         y_BTD, stats = apply(layer, random_params(layer), x_BTD, mask_BT)
         zero_BT = np.all(np.asarray(y_BTD) == 0, axis=-1)
         np.testing.assert_array_equal(zero_BT, ~np.asarray(stats.kept)[..., 0])
-        assert (zero_BT & mask_BT).sum() == stats.num_dropped > 0
+        assert (zero_BT & mask_BT).sum() == stats.num_dropped_K.sum() > 0
 
     def test_backends_agree_in_all_gradients(self):
         x_BTD, mask_BT = inputs()
@@ -152,7 +156,7 @@ class TestAgainstLoop:
             layer = make_layer(dataclasses.replace(CONFIG, dispatch=dispatch), train=True)
 
             def loss(params, x_BTD):
-                y_BTD, _ = layer.apply({"params": params}, x_BTD, mask_BT)
+                y_BTD, _ = layer.apply({"params": params}, x_BTD, Tokens(jnp.asarray(mask_BT)))
                 return jnp.sum(jnp.square(y_BTD - 1))
 
             return jax.grad(loss, (0, 1))(params, x_BTD)
@@ -281,7 +285,7 @@ class TestInvariance:
         moved_y_BTD, moved_stats = apply(layer, params, x_BTD[order], mask_BT[order])
         np.testing.assert_allclose(moved_y_BTD, y_BTD[np.asarray(order)], rtol=1e-5, atol=1e-6)
         assert_trees_close(moved_stats, stats, rtol=1e-5)
-        assert stats.num_dropped > 0
+        assert stats.num_dropped_K.sum() > 0
 
     def test_what_is_in_the_padding_changes_nothing(self):
         layer = make_layer()
@@ -294,7 +298,7 @@ class TestInvariance:
         layer = make_layer(DROPLESS)
         params, (x_BTD, _) = random_params(layer), inputs()
         y_BTD, stats = apply(layer, params, x_BTD, everyone())
-        assert stats.num_dropped == 0
+        assert stats.num_dropped_K.sum() == 0
         alone_BTD, _ = apply(layer, params, x_BTD.reshape(B * T, 1, D), everyone().reshape(-1, 1))
         np.testing.assert_allclose(alone_BTD.reshape(B, T, D), y_BTD, rtol=1e-5, atol=1e-6)
 
@@ -329,7 +333,7 @@ def test_capture_router(group_size):
     np.testing.assert_array_equal(stats.expert_index[..., 0], logits_BTE.argmax(-1))
     gate_BT = exponentials_BTE.max(-1) / exponentials_BTE.sum(-1)
     np.testing.assert_allclose(stats.gate[..., 0], gate_BT, rtol=1e-5)
-    assert stats.kept.dtype == bool and stats.kept.sum() == 31 - stats.num_dropped
+    assert stats.kept.dtype == bool and stats.kept.sum() == 31 - stats.num_dropped_K.sum()
     # The same without it, but for the fields per token.
     plain_y_BTD, plain = apply(make_layer(config), params, x_BTD, mask_BT)
     np.testing.assert_array_equal(plain_y_BTD, y_BTD)
@@ -371,7 +375,9 @@ class TestParameters:
     def test_names_shapes_and_axes(self, activations, names):
         config = dataclasses.replace(CONFIG, router_bias=True)
         layer = make_layer(config, activations)
-        boxed = jax.eval_shape(layer.init, jax.random.key(0), *inputs())["params"]
+        x_BTD, mask_BT = inputs()
+        known = Tokens(jnp.asarray(mask_BT))
+        boxed = jax.eval_shape(layer.init, jax.random.key(0), x_BTD, known)["params"]
         shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(boxed))
         assert shapes == {
             "router": {"kernel": (D, E), "bias": (E,)},
@@ -400,7 +406,7 @@ class TestParameters:
         # Variance init_scale / fan_in, of each expert on its own; the router N(0, 0.02²).
         width, hidden = 64, 256
         layer = MoeLayer(MoeConfig(num_experts=4), hidden, ("relu",), init_scale=0.1)
-        arguments = (jnp.ones((1, 1, width)), jnp.ones((1, 1), bool))
+        arguments = (jnp.ones((1, 1, width)), Tokens(jnp.ones((1, 1), bool)))
         params = nn.unbox(jax.jit(layer.init)(jax.random.key(0), *arguments))["params"]
         for name, fan_in in (("wi", width), ("wo", hidden)):
             kernel = np.asarray(params["expert"][name])

@@ -7,6 +7,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c  # noqa: F401  (the reader below skips CRCs)
 
 from switchx.moe.assignment import RouterStats
+from switchx.moe.layer import MoeConfig
 from switchx.training.losses import CrossEntropySums
 from switchx.training.metrics import MetricsWriter, Sums, stack_stats, summarize
 
@@ -14,9 +15,10 @@ from switchx.training.metrics import MetricsWriter, Sums, stack_stats, summarize
 def stats(**changes) -> RouterStats:
     values = dict(
         num_tokens=10.0,
-        num_choices=10.0,
-        num_dropped=2.0,
+        num_choices_K=[10.0],
+        num_dropped_K=[2.0],
         load_balance=15.0,
+        importance=20.0,
         router_z=40.0,
         entropy=5.0,
         confidence=6.0,
@@ -33,7 +35,7 @@ def sums() -> Sums:
             correct=jnp.float32(1.0),
             weight=jnp.float32(4.0),
         ),
-        router=stack_stats({"encoder": (stats(), stats(num_dropped=0.0)), "decoder": ()}),
+        router=stack_stats({"encoder": (stats(), stats(num_dropped_K=[0.0])), "decoder": ()}),
         num_tokens=jnp.float32(12.0),
         num_positions=jnp.float32(16.0),
     )
@@ -41,14 +43,18 @@ def sums() -> Sums:
 
 def test_summary_by_hand():
     names = {"encoder": ("encoder/1", "encoder/3")}
-    summary = summarize(sums(), load_balance_weight=0.1, router_z_weight=0.01, layer_names=names)
+    weights = {"load_balance_weight": 0.1, "router_z_weight": 0.01, "importance_weight": 0.5}
+    stack_moe = {"encoder": MoeConfig(num_experts=3, **weights)}
+    summary = summarize(sums(), stack_moe=stack_moe, layer_names=names)
     assert summary["cross_entropy"] == 2.0  # 8 / 4
     assert summary["z_loss"] == 0.25
     assert summary["accuracy"] == 0.25
     np.testing.assert_allclose(summary["perplexity"], math.exp(2.0))
     assert summary["load_balance_loss"] == 3.0  # two layers of 15 / 10
     assert summary["router_z_loss"] == 8.0  # two layers of 40 / 10
-    np.testing.assert_allclose(summary["loss"], 2.0 + 0.25 + 0.1 * 3.0 + 0.01 * 8.0)
+    # And two layers of importance 20 / 10.
+    expected = 2.0 + 0.25 + 0.1 * 3.0 + 0.01 * 8.0 + 0.5 * 4.0
+    np.testing.assert_allclose(summary["loss"], expected)
     assert summary["dropped_fraction"] == 0.1  # 2 of 20 choices
     assert summary["router_entropy"] == 0.5
     assert summary["fill"] == 0.75

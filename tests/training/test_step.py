@@ -24,7 +24,7 @@ def state_of(params, optimizer) -> TrainState:
 
 def update(config, params, batch, **options):
     optimizer = optax.sgd(0.1)
-    step = make_train_step(T5(config), LOSS, config.moe, optimizer, **options)
+    step = make_train_step(T5(config), LOSS, optimizer, **options)
     return jax.jit(step)(state_of(params, optimizer), batch)
 
 
@@ -50,11 +50,11 @@ def test_loss_is_composed_of_the_models_own_outputs(config, params, batch):
     expected = cross_entropy + z_loss + 1e-2 * balance + 1e-3 * router_z
 
     device_batch = jax.tree.map(jnp.asarray, batch)
-    value, sums = make_loss(model, LOSS, config.moe, train=False)(
-        params, device_batch, None, token_counts(device_batch, config.moe)
+    value, sums = make_loss(model, LOSS, train=False)(
+        params, device_batch, None, token_counts(device_batch, config.stack_moe)
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    summary = summarize(sums, load_balance_weight=1e-2, router_z_weight=1e-3)
+    summary = summarize(sums, stack_moe=config.stack_moe)
     np.testing.assert_allclose(summary["loss"], expected, rtol=1e-5)
     np.testing.assert_allclose(summary["cross_entropy"], cross_entropy, rtol=1e-5)
     accuracy = ((logits.argmax(-1) == batch.decoder_target_tokens) * weights).sum() / weights.sum()
@@ -92,7 +92,7 @@ def test_padding_rows_change_nothing(config, params, batch):
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(config, params, batch, value):
     optimizer = optax.adam(0.1)
-    step = jax.jit(make_train_step(T5(config), LOSS, config.moe, optimizer))
+    step = jax.jit(make_train_step(T5(config), LOSS, optimizer))
     state, metrics = step(state_of(params, optimizer), batch)
     assert metrics.finite
     broken = dict(state.params)
@@ -116,7 +116,7 @@ def test_dropout_and_jitter_depend_on_the_step_and_on_nothing_else(batch):
     config = small_config(dropout_rate=0.3)
     params = random_params(config)
     optimizer = optax.sgd(0.0)
-    step = jax.jit(make_train_step(T5(config), LOSS, config.moe, optimizer))
+    step = jax.jit(make_train_step(T5(config), LOSS, optimizer))
     state = state_of(params, optimizer)
     first, second = step(state, batch), step(state, batch)
     assert float(first[1].grad_norm) == float(second[1].grad_norm)
@@ -137,5 +137,9 @@ def test_route_padding_counts_padding_in_the_normaliser(config, batch):
     import dataclasses
 
     moe = dataclasses.replace(config.moe, route_padding=True)
-    assert token_counts(batch, moe)["encoder"] == batch.encoder_tokens.size
-    assert token_counts(batch, config.moe)["encoder"] == (batch.encoder_segment_ids != 0).sum()
+    padded = token_counts(batch, {"encoder": moe, "decoder": config.moe})
+    assert padded["encoder"] == batch.encoder_tokens.size
+    assert padded["decoder"] == (batch.decoder_segment_ids != 0).sum()
+    assert (
+        token_counts(batch, config.stack_moe)["encoder"] == (batch.encoder_segment_ids != 0).sum()
+    )
