@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from switchx.moe.assignment import Assignment, Grouping, Mixture
-from switchx.moe.rows import from_slots, to_slots
+from switchx.moe.rows import from_slots, to_slots, weigh
 
 
 def _tables(assignment: Assignment) -> tuple[jax.Array, jax.Array | None]:
@@ -39,8 +39,8 @@ def gather_combine(
     y_GECD: Float[Array, "G E C D"], assignment: Assignment, num_tokens: int
 ) -> Float[Array, "G M D"]:
     """Sum each token's expert outputs, weighted by its gates, by row gathers."""
-    weighted_GECD = y_GECD.astype(assignment.gate_GEC.dtype) * assignment.gate_GEC[..., None]
-    weighted_GSD = weighted_GECD.reshape(y_GECD.shape[0], -1, y_GECD.shape[-1])
+    gate_GS = assignment.gate_GEC.reshape(y_GECD.shape[0], -1)
+    weighted_GSD = weigh(y_GECD.reshape(*gate_GS.shape, y_GECD.shape[-1]), gate_GS)
     y_GMD = jax.vmap(lambda y, *tables: from_slots(y, *tables, num_tokens))(
         weighted_GSD, *_tables(assignment)
     )
@@ -81,8 +81,7 @@ def grouped_combine(y_ND: Float[Array, "N D"], grouping: Grouping) -> Float[Arra
     """Sum the rows of each token's choices, weighted by its gates."""
     groups, num_tokens, top_k = grouping.row_GMK.shape
     row_TK = grouping.row_GMK.reshape(-1, top_k)
-    weighted_ND = y_ND.astype(grouping.gate_N.dtype) * grouping.gate_N[:, None]
-    y_TD = from_slots(weighted_ND, grouping.token_N, row_TK, groups * num_tokens)
+    y_TD = from_slots(weigh(y_ND, grouping.gate_N), grouping.token_N, row_TK, groups * num_tokens)
     return cast(jax.Array, y_TD).reshape(groups, num_tokens, -1).astype(y_ND.dtype)
 
 

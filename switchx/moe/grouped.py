@@ -32,8 +32,13 @@ def implementation() -> str:
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
-    """Rows of a block of the loop: the power of 2 below an expert's even share, within bounds."""
+    """Rows of a block of the loop: the power of 2 below an expert's even share, within bounds.
+
+    A few tokens on many experts, as in decoding, are a block each.
+    """
     smallest, largest = _BLOCKS
+    if num_rows <= num_experts // 2:
+        return 1
     share = max(num_rows // num_experts, 1)
     return min(max(1 << (share.bit_length() - 1), smallest), largest)
 

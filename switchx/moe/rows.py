@@ -17,6 +17,29 @@ def take(table_ND: jax.Array, index: jax.Array) -> jax.Array:
     return table_ND.at[index].get(mode="fill", fill_value=0)
 
 
+@jax.custom_vjp
+def weigh(y_SD: Float[Array, "*S D"], gate_S: Float[Array, "*S"]) -> Float[Array, "*S D"]:
+    """Rows times their gates, in the gates' dtype.
+
+    The gates' gradient is written as a product of matrices: of a single group, XLA's reduction
+    takes thirty times as long on CPU.
+    """
+    return y_SD.astype(gate_S.dtype) * gate_S[..., None]
+
+
+def _weigh_forward(y_SD, gate_S):
+    return weigh(y_SD, gate_S), (y_SD, gate_S)
+
+
+def _weigh_backward(residuals, grad_SD):
+    y_SD, gate_S = residuals
+    grad_gate_S = jnp.einsum("...d,...d->...", grad_SD, y_SD.astype(gate_S.dtype))
+    return (grad_SD * gate_S[..., None]).astype(y_SD.dtype), grad_gate_S
+
+
+weigh.defvjp(_weigh_forward, _weigh_backward)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def to_slots(
     x_MD: Float[Array, "M D"],

@@ -24,6 +24,7 @@ from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError, closest
 from switchx.experiment import Experiment, check_fits, plan_state
+from switchx.research import moe_benchmark
 from switchx.run import compile_step
 from switchx.training.losses import cross_entropy
 
@@ -191,8 +192,14 @@ BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": 
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add what to measure, of which case, how often: `what`, `gin_file` and `steps`."""
-    parser.add_argument("what", choices=sorted(BENCHMARKS))
+    """Add what to measure, of which case, how often: `what`, `gin_file`, `cases` and `steps`."""
+    parser.add_argument("what", choices=sorted([*BENCHMARKS, "moe"]))
+    parser.add_argument(
+        "--cases",
+        type=moe_benchmark.case_names,
+        default="cpu_e8,cpu_e32,cpu_e128,cpu_base,decode",
+        help=f"of moe, with commas: {', '.join(moe_benchmark.CASES)}",
+    )
     parser.add_argument("--case", dest="gin_file", action="append", type=case_file)
     parser.add_argument("--steps", type=_steps, default=5, help="timed steps or batches")
 

@@ -58,5 +58,6 @@ def test_equals_loop_forward_and_backward(name, sizes, dtype, tolerance):
 def test_blocks_of_the_loop():
     assert grouped.block_rows(4096, 8) == 512
     assert grouped.block_rows(4096, 128) == 32
-    assert grouped.block_rows(1, 64) == 8
+    assert grouped.block_rows(64, 64) == 8
+    assert grouped.block_rows(32, 64) == grouped.block_rows(1, 2) == 1
     assert grouped.block_rows(10**6, 2) == 512
