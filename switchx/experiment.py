@@ -13,7 +13,7 @@ from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig, group_shape
+from switchx.moe.layer import MoeConfig, check_whole_rows, group_shape
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import TrainState, create_state
@@ -172,6 +172,8 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
             _check_tasks(experiment, moe)
         rows_of = [lengths[stack] for stack, each in model.stack_moe.items() if each == moe]
         if _groups_fit(experiment, rows_of, moe.group_size, shards):
+            for length in rows_of:
+                check_whole_rows(moe, group_shape(rows, length, moe.group_size)[1], length)
             continue
         sizes = {n * length for length in rows_of for n in range(1, rows // pieces + 1)}
         fits = [size for size in sorted(sizes) if _groups_fit(experiment, rows_of, size, shards)]

@@ -200,6 +200,47 @@ CASES = {
     "negative capacity": ([TINY, "--gin.CAPACITY_FACTOR=-1"], ["capacity_factor", "positive"]),
     "no experts": ([TINY, "--gin.NUM_EXPERTS=0"], ["num_experts", "at least 1"]),
     "unknown router": ([TINY, "--gin.MoeConfig.router=swich"], ["router", "switch"]),
+    "experts that choose in a decoder": (
+        [TINY, "--gin.MoeConfig.router=expert_choice"],
+        ["router = 'expert_choice' looks at later tokens", "decoder_moe", "switch, top_k"],
+    ),
+    "batch priority in a decoder": (
+        [TINY, "--gin.MoeConfig.priority=probability"],
+        ["priority = 'probability' looks at later tokens", "decoder_moe", "'choice' or 'token'"],
+    ),
+    "more choices than experts": (
+        [TINY, "--gin.MoeConfig.router=top_k", "--gin.MoeConfig.top_k=9"],
+        ["top_k = 9", "num_experts = 8"],
+    ),
+    "a field of another router": (
+        [TINY, "--gin.MoeConfig.top_k=2"],
+        ["top_k = 2", "router 'switch' does not use it", "loss_free"],
+    ),
+    "slots of a mixture unknown": (
+        [TINY, "--gin.MoeConfig.router=soft_moe"],
+        ["expert_capacity = None", "soft_moe"],
+    ),
+    "more tasks than rows of the task router": (
+        [
+            TINY,
+            "--gin_file=gin_configs/routers/task.gin",
+            "--gin.MIXTURE_OR_TASK_NAME=embedded_pretrain_and_tasks",
+        ],
+        ["num_tasks = 1", "embedded_pretrain_and_tasks", "set "],
+    ),
+    "sentences cut by groups": (
+        [
+            TINY,
+            "--gin_file=gin_configs/routers/sentence.gin",
+            "--gin.MoeConfig.group_size=64",
+            "--gin.decoder/MoeConfig.group_size=row",
+        ],
+        ["group_size = 64", "sentence", "at least 128"],
+    ),
+    "slots for what has none": (
+        [TINY, "--gin.MoeConfig.dispatch=grouped"],
+        ["dispatch = 'grouped'", "capacity_factor"],
+    ),
     "unknown dispatch": ([TINY, "--gin.MoeConfig.dispatch=gathr"], ["dispatch", "gather"]),
     "unknown activation": (
         [TINY, "--gin.ModelConfig.activations=('rellu',)"],

@@ -355,6 +355,15 @@ def group_shape(batch: int, length: int, group_size: int | str) -> tuple[int, in
     return batch // rows, rows * length
 
 
+def check_whole_rows(config: MoeConfig, group_tokens: int, length: int) -> None:
+    """Raise UserError if a router that decides by sequence would see parts of rows."""
+    if config.router == "sentence" and group_tokens % length:
+        raise UserError(
+            f"MoeConfig.group_size = {config.group_size}: router {config.router!r} needs whole "
+            f"rows in a group; use at least {length}, or 'row'"
+        )
+
+
 class MoeLayer(nn.Module):
     """A sparse feed-forward layer: route, place, dispatch → experts → combine.
 
@@ -443,11 +452,7 @@ class MoeLayer(nn.Module):
         tokens = jax.tree.map(lambda leaf: leaf.reshape(groups, group_tokens), tokens)
         if self.config.router != "sentence":
             return tokens
-        if group_tokens % length:
-            raise UserError(
-                f"MoeConfig.group_size = {self.config.group_size}: router {self.config.router!r} "
-                f"needs whole rows in a group; use at least {length}, or 'row'"
-            )
+        check_whole_rows(self.config, group_tokens, length)
         starts_GM = jnp.broadcast_to(jnp.arange(group_tokens) % length == 0, tokens.mask.shape)
         if tokens.sequence is not None:
             starts_GM |= tokens.sequence != jnp.roll(tokens.sequence, 1, axis=1)

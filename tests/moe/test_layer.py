@@ -55,7 +55,9 @@ def random_params(layer, seed=1):
     ]
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: rng.normal(0, leaf.shape[-2:][0] ** -0.5, leaf.shape).astype(np.float32),
+        lambda leaf: np.asarray(
+            rng.normal(0, leaf.shape[-2:][0] ** -0.5 if leaf.shape else 1, leaf.shape), np.float32
+        ),
         nn.unbox(shapes),
     )
 
@@ -303,6 +305,118 @@ class TestInvariance:
         np.testing.assert_allclose(alone_BTD.reshape(B, T, D), y_BTD, rtol=1e-5, atol=1e-6)
 
 
+GROUPED = {
+    "switch": {},
+    "top_k": {"top_k": 3, "renormalize": "before_dropping"},
+    "gshard": {"second_expert_policy": "threshold"},
+    "loss_free": {"top_k": 2},
+    "cosine": {"top_k": 2},
+}
+
+
+@pytest.mark.parametrize("router", GROUPED)
+@pytest.mark.parametrize("expert_bias", [False, True])
+def test_dropless_rows_equal_dropless_slots(router, expert_bias):
+    x_BTD, mask_BT = inputs()
+    fields = {"router": router, "expert_bias": expert_bias, **GROUPED[router]}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(layer, params, x_BTD):
+        def loss(params, x_BTD):
+            known = Tokens(jnp.asarray(mask_BT))
+            y_BTD, stats = layer.apply({"params": params}, x_BTD, known)
+            return jnp.sum(jnp.square(y_BTD - 1)) + stats.load_balance_loss, (y_BTD, stats)
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_BTD)
+
+    layers = {
+        dispatch: make_layer(
+            dataclasses.replace(DROPLESS, dispatch=dispatch, **fields), ("silu", "linear")
+        )
+        for dispatch in ("grouped", "gather", "auto")
+    }
+    params = random_params(layers["gather"])
+    found = {name: gradients(layer, params, x_BTD) for name, layer in layers.items()}
+    assert_trees_close(found["grouped"], found["gather"], rtol=2e-4, atol=2e-5)
+    # One device and nothing to drop: "auto" is "grouped".
+    assert_trees_close(found["auto"], found["grouped"], rtol=0, atol=0)
+    assert found["grouped"][0][1][1].num_dropped_K.sum() == 0
+
+
+class TestExperts:
+    def test_shared_experts_see_every_token_with_weight_1(self):
+        config = dataclasses.replace(CONFIG, num_shared_experts=2)
+        layer = make_layer(config, train=True)
+        params, (x_BTD, mask_BT) = random_params(layer), inputs()
+        assert params["shared_expert"]["wi"].shape == (1, D, 2 * F)
+        y_BTD, _ = apply(layer, params, x_BTD, mask_BT)
+        routed = {name: params[name] for name in ("router", "expert")}
+        routed_BTD, _ = apply(make_layer(train=True), routed, x_BTD, mask_BT)
+        hidden = np.maximum(x_BTD @ params["shared_expert"]["wi"][0], 0)
+        expected = routed_BTD + hidden @ params["shared_expert"]["wo"][0]
+        np.testing.assert_allclose(y_BTD, expected, rtol=1e-4, atol=1e-5)
+
+    def test_experts_may_have_widths_and_activations_of_their_own(self):
+        config = dataclasses.replace(CONFIG, expert_d_ff=3, expert_activations=("silu", "linear"))
+        layer = make_layer(config)
+        params, (x_BTD, mask_BT) = random_params(layer), inputs()
+        shapes = {name: leaf.shape for name, leaf in params["expert"].items()}
+        assert shapes == {"wi_0": (E, D, 3), "wi_1": (E, D, 3), "wo": (E, 3, D)}
+        same = make_layer(activations=("silu", "linear"), d_ff=3)
+        ours, theirs = (apply(each, params, x_BTD, mask_BT)[0] for each in (layer, same))
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_straight_through_the_router_learns_from_every_expert():
+    # The output is that of the K; the router's gradient is that of Σ_e p_e E_e(x) with the
+    # experts' outputs held fixed, which reaches experts without a slot too.
+    fields = {"router": "top_k", "top_k": 2, "dispatch": "gather"}
+    config = dataclasses.replace(CONFIG, straight_through=True, **fields)
+    layer, plain = (
+        make_layer(each, train=True)
+        for each in (config, dataclasses.replace(config, straight_through=False))
+    )
+    params, (x_BTD, mask_BT) = random_params(layer), inputs()
+    x_BTD, params = jax.tree.map(jnp.asarray, (x_BTD, params))
+    known = Tokens(jnp.asarray(mask_BT))
+    cotangent_BTD = np.random.default_rng(7).normal(size=x_BTD.shape)
+
+    def loss(layer):
+        def total(params):
+            return jnp.sum(layer.apply({"params": params}, x_BTD, known)[0] * cotangent_BTD)
+
+        return jax.value_and_grad(total)(params)
+
+    (value, gradient), (plain_value, plain_gradient) = loss(layer), loss(plain)
+    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
+    assert_trees_close(gradient["expert"], plain_gradient["expert"], rtol=1e-4, atol=1e-6)
+    outputs_EBTD = np.stack(
+        [
+            np.maximum(x_BTD @ params["expert"]["wi"][e], 0) @ params["expert"]["wo"][e]
+            for e in range(E)
+        ]
+    )
+
+    def dense(kernel):
+        probs_BTE = jax.nn.softmax(x_BTD @ kernel) * mask_BT[..., None]
+        return jnp.einsum("bte,ebtd,btd->", probs_BTE, outputs_EBTD, cotangent_BTD)
+
+    expected = jax.grad(dense)(params["router"]["kernel"])
+    np.testing.assert_allclose(gradient["router"]["kernel"], expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(plain_gradient["router"]["kernel"] - expected).max() > 0.1
+
+
+def test_routers_that_need_more_than_states_say_so():
+    x_BTD, mask_BT = map(jnp.asarray, inputs())
+    for router, what in (("hash", "the ids of the tokens"), ("task", "the task of every token")):
+        layer = make_layer(dataclasses.replace(CONFIG, router=router))
+        with pytest.raises(UserError, match=f"MoeConfig.router = '{router}' needs {what}"):
+            layer.init(jax.random.key(0), x_BTD, Tokens(mask_BT))
+    layer = make_layer(dataclasses.replace(CONFIG, router="sentence", group_size=3))
+    with pytest.raises(UserError, match="group_size = 3: router 'sentence' needs whole rows"):
+        layer.init(jax.random.key(0), x_BTD, Tokens(mask_BT))
+
+
 def test_route_padding_makes_padding_ordinary_tokens():
     x_BTD, mask_BT = inputs()
     routed = make_layer(dataclasses.replace(CONFIG, route_padding=True))
@@ -445,6 +559,44 @@ class TestMoeConfig:
             ({"router_z_weight": -1e-3}, "router_z_weight = -0.001"),
             ({"expert_dropout_rate": 1.0}, "expert_dropout_rate = 1.0"),
             ({"expert_dropout_rate": -0.1}, "expert_dropout_rate = -0.1"),
+            ({"router": "top_k", "top_k": 9}, "top_k = 9: should be from 1 to num_experts = 8"),
+            ({"router": "top_k", "top_k": 0}, "top_k = 0: should be from 1 to num_experts = 8"),
+            ({"top_k": 2}, "top_k = 2: router 'switch' does not use it; leave it out, or take one"),
+            ({"num_tasks": 3}, "num_tasks = 3: router 'switch' does not use it; leave it out"),
+            ({"router": "gshard", "num_experts": 1}, "num_experts = 1: router 'gshard' asks 2"),
+            ({"renormalize": "none"}, "renormalize = 'none': router 'switch' does not use it"),
+            (
+                {"router": "top_k", "renormalize": "before_dropping"},
+                "renormalize = 'before_dropping': should be 'none' or None",
+            ),
+            ({"router": "gshard", "renormalize": "after"}, "renormalize = 'after' is unknown"),
+            ({"router": "gshard", "second_expert_threshold": 1.0}, "second_expert_threshold = 1.0"),
+            ({"router": "gshard", "second_expert_policy": "al"}, "second_expert_policy = 'al' is"),
+            ({"exploration": "samples"}, "exploration = 'samples' is unknown; did you mean"),
+            ({"router_dropout_rate": 1.0}, "router_dropout_rate = 1.0: should be in [0, 1)"),
+            ({"router": "loss_free", "score": "tanh"}, "score = 'tanh' is unknown"),
+            ({"router": "loss_free", "bias_update_rate": -1.0}, "bias_update_rate = -1.0"),
+            ({"router": "hash", "hash": "fair"}, "hash = 'fair' is unknown"),
+            (
+                {"router": "hash", "router_bias": True},
+                "router_bias = True: should be False: router",
+            ),
+            (
+                {"router": "expert_choice", "capacity_factor": None},
+                "capacity_factor = None: router",
+            ),
+            ({"router": "soft_moe"}, "expert_capacity = None: router 'soft_moe' has parameters"),
+            ({"priority": "first"}, "priority = 'first' is unknown"),
+            (
+                {"router": "no_token_left_behind", "priority": "probability"},
+                "priority = 'probability': should be 'choice' or 'token'",
+            ),
+            ({"dispatch": "grouped"}, "dispatch = 'grouped' has no slots: set capacity_factor"),
+            ({"importance_weight": -1.0}, "importance_weight = -1.0: should be 0 or more"),
+            ({"load_balance_choices": "both"}, "load_balance_choices = 'both' is unknown"),
+            ({"expert_d_ff": 0}, "expert_d_ff = 0: should be at least 1"),
+            ({"expert_activations": ["rellu"]}, "expert_activations = ('rellu',): 'rellu' is"),
+            ({"num_shared_experts": -1}, "num_shared_experts = -1: should be 0 or more"),
         ],
         ids=str,
     )
@@ -485,7 +637,7 @@ class TestMoeConfig:
             load_balance_weight=0.0,
             router_z_weight=0.0,
         )
-        assert config.top_k == 1
+        assert config.top_k == config.num_choices == 1
         assert hash(config) == hash(dataclasses.replace(config))
 
     def test_every_activation_makes_an_expert(self):

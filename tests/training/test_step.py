@@ -5,6 +5,7 @@ import optax
 import pytest
 
 from switchx.models.t5 import T5
+from switchx.moe.layer import MoeConfig
 from switchx.training.losses import LossConfig
 from switchx.training.metrics import summarize
 from switchx.training.state import TrainState
@@ -143,3 +144,39 @@ def test_route_padding_counts_padding_in_the_normaliser(config, batch):
     assert (
         token_counts(batch, config.stack_moe)["encoder"] == (batch.encoder_segment_ids != 0).sum()
     )
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_biases_of_loss_free_layers_move_against_their_load(config, batch, scan_layers):
+    import dataclasses
+
+    from tests.training.conftest import random_params
+
+    moe = MoeConfig(
+        num_experts=5, router="loss_free", top_k=2, group_size="row", bias_update_rate=0.25
+    )
+    config = dataclasses.replace(
+        config, moe=moe, num_encoder_layers=4, sparse_every=2, scan_layers=scan_layers
+    )
+    params = random_params(config)
+    state, metrics = update(config, params, batch)
+    loads_LE = np.asarray(metrics.sums.router["encoder"].tokens_per_expert_E)
+    moved = np.sign(loads_LE.mean(axis=1, keepdims=True) - loads_LE) * 0.25
+    assert loads_LE.shape == (2, 5) and len(np.unique(loads_LE)) > 2
+    if scan_layers:
+        path = ("encoder", "blocks_0", "layers_1", "mlp", "balance_bias")
+        found = [(path, moved)]
+    else:
+        paths = [("encoder", f"layers_{n}", "mlp", "balance_bias") for n in (1, 3)]
+        found = list(zip(paths, moved, strict=True))
+    for path, expected in found:
+        before, after = params, state.params
+        for name in path:
+            before, after = before[name], after[name]
+        np.testing.assert_allclose(after - before, expected, rtol=1e-5, atol=1e-6)
+    # In pieces the loads add up to the same.
+    pieces, _ = update(config, params, batch, num_microbatches=4)
+    for one, other in zip(
+        jax.tree.leaves(state.params), jax.tree.leaves(pieces.params), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
