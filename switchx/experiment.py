@@ -192,6 +192,12 @@ def _check_tasks(experiment: Experiment, moe: MoeConfig) -> None:
             f"MoeConfig.num_tasks = {moe.num_tasks}: the mixture "
             f"{experiment.data.mixture_or_task_name!r} has {len(tasks)} tasks; set {len(tasks)}"
         )
+    if not pipeline.knows_tasks(experiment.data):
+        raise UserError(
+            f"MoeConfig.router = 'task': the mixture {experiment.data.mixture_or_task_name!r} "
+            "streams without saying whose task a token is; make token caches first "
+            "(scripts/cache.py with the flags of this run)"
+        )
 
 
 def _groups_fit(

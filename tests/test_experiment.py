@@ -66,6 +66,16 @@ def test_what_does_not_fit_says_so(arguments, message):
     assert "\n" not in str(error.value)
 
 
+def test_routing_by_task_needs_to_know_the_tasks(monkeypatch):
+    data = {"mixture_or_task_name": "embedded_pretrain_and_tasks"}
+    check(moe={"router": "task", "num_tasks": 99}, data=data)
+    with pytest.raises(UserError, match="num_tasks = 1: the mixture .* has [0-9]+ tasks; set"):
+        check(moe={"router": "task"}, data=data)
+    monkeypatch.setattr("switchx.data.pipeline.knows_tasks", lambda config: False)
+    with pytest.raises(UserError, match=r"router = 'task': .* streams .*scripts/cache.py"):
+        check(moe={"router": "task", "num_tasks": 99}, data=data)
+
+
 def test_the_sizes_that_are_offered_fit():
     with pytest.raises(UserError) as error:
         check({"data": 4})

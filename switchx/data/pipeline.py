@@ -140,6 +140,12 @@ def task_names(config: DataConfig) -> tuple[str, ...]:
     return tuple(_task_names(config, config.mixture_or_task_name)[0])
 
 
+def knows_tasks(config: DataConfig) -> bool:
+    """Whether batches say whose task a token is: not where a mixture streams through seqio."""
+    names = task_names(config)
+    return len(names) == 1 or all(tokenization.has_cache(config, name) for name in names)
+
+
 class Batches(Seekable, Protocol):
     """An endless iterator of this host's rows of the training batches."""
 
