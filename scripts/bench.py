@@ -11,18 +11,13 @@ process.prepare()
 
 from switchx import command_line, configuration
 from switchx.experiment import Experiment
-from switchx.research import benchmark, moe_benchmark
+from switchx.research import benchmark
 
 
 def main() -> None:
     """Flags → figures."""
     parser = configuration.flag_parser(__doc__ or "")
-    benchmark.add_flags(parser)
-    flags, _ = parser.parse_known_args()
-    if flags.what == "moe":
-        return moe_benchmark.report(flags.cases, steps=flags.steps)
-    experiment, _ = configuration.parse(Experiment, parser)
-    benchmark.report(flags.what, experiment, steps=flags.steps)
+    benchmark.run(parser, lambda: configuration.parse(Experiment, parser)[0])
 
 
 if __name__ == "__main__":

@@ -204,6 +204,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_steps, default=5, help="timed steps or batches")
 
 
+def run(parser: argparse.ArgumentParser, experiment: Callable[[], Experiment]) -> None:
+    """Add the flags to a parser and measure what the command line asks for.
+
+    `experiment` makes the experiment out of the same command line, where one is measured.
+    """
+    add_flags(parser)
+    flags, _ = parser.parse_known_args()
+    if flags.what == "moe":
+        moe_benchmark.report(flags.cases, steps=flags.steps)
+    else:
+        report(flags.what, experiment(), steps=flags.steps)
+
+
 def report(what: str, experiment: Experiment, *, steps: int) -> None:
     """Measure one of `BENCHMARKS` and print its figures as a line of JSON."""
     with contextlib.redirect_stdout(sys.stderr):

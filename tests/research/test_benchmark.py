@@ -70,6 +70,18 @@ def test_a_report_is_one_line_of_json(monkeypatch, capsys):
     assert capsys.readouterr() == ('{"steps": 3}\n', "a note\n")
 
 
+def test_the_command_line_says_what_is_measured(monkeypatch):
+    done = []
+    monkeypatch.setattr(benchmark, "report", lambda *args, **kwargs: done.append((args, kwargs)))
+    monkeypatch.setattr(benchmark.moe_benchmark, "report", lambda *args, **kw: done.append(args))
+    monkeypatch.setattr("sys.argv", ["bench.py", "data", "--steps=3"])
+    benchmark.run(argparse.ArgumentParser(), lambda: EXPERIMENT)
+    # A MoE layer needs no experiment.
+    monkeypatch.setattr("sys.argv", ["bench.py", "moe", "--cases=cpu_e8"])
+    benchmark.run(argparse.ArgumentParser(), lambda: pytest.fail("no experiment is needed"))
+    assert done == [(("data", EXPERIMENT), {"steps": 3}), (["cpu_e8"],)]
+
+
 def test_the_random_batch_is_whole_and_shifted_right():
     batch = benchmark._random_batch(EXPERIMENT)
     assert batch.encoder_tokens.shape == (8, 40) and batch.decoder_target_tokens.shape == (8, 24)
