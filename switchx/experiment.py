@@ -13,7 +13,7 @@ from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig, check_whole_rows, group_shape
+from switchx.moe.config import MoeConfig, check_whole_rows, group_shape
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import TrainState, create_state

@@ -5,7 +5,7 @@ from jax.sharding import Mesh
 
 from switchx import sharding
 from switchx.experiment import Experiment
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.training import memory
 from switchx.training.state import TrainState, num_bytes
 

@@ -8,7 +8,7 @@ from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError
 from switchx.experiment import Experiment, check_fits
 from switchx.models.config import ModelConfig
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 EXPERIMENT = Experiment(
     model=ModelConfig(vocab_size=384, moe=MoeConfig(num_experts=6, group_size=512)),

@@ -13,7 +13,7 @@ from switchx.data.tasks import FileTask
 from switchx.errors import UserError
 from switchx.experiment import Experiment
 from switchx.models.config import ModelConfig
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.run import train
 from switchx.training.optimizer import OptimizerConfig
 

@@ -15,7 +15,8 @@ from switchx.errors import UserError
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
 from switchx.moe.assignment import Tokens
-from switchx.moe.layer import MoeConfig, MoeLayer
+from switchx.moe.config import MoeConfig
+from switchx.moe.layer import MoeLayer
 
 
 class TestMakeMesh:

@@ -15,7 +15,7 @@ from switchx.data.tasks import FileTask, TfdsTask
 from switchx.errors import UserError
 from switchx.experiment import Experiment
 from switchx.models.config import ModelConfig
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.moe.routing import ROUTERS
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig

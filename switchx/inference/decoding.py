@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5, output_head
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.moe.routing import ROUTERS
 
 PAD_ID = 0

@@ -16,7 +16,7 @@ from switchx.interop.rules import Rule
 from switchx.models.config import MAX_LAYERS, ModelConfig
 from switchx.models.stacking import stack_layers
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 SUPPORTED = ("t5", "mt5", "switch_transformers")
 _ACTIVATIONS = {"relu": "relu", "gelu_new": "gelu", "silu": "silu", "swish": "silu"}

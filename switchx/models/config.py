@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from switchx.errors import UserError, check_choice, check_range, check_types, closest, parse_json
-from switchx.moe.layer import MoeConfig, check_activations
+from switchx.moe.config import MoeConfig, check_activations
 from switchx.moe.routing import ROUTERS
 
 REMAT_POLICIES = ("none", "dots", "full")

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from switchx.moe.assignment import Assignment, Choice, Mixture, Routing, Tokens
 
 if TYPE_CHECKING:
-    from switchx.moe.layer import MoeConfig
+    from switchx.moe.config import MoeConfig
 
 Logits = Float[Array, "G M E"]
 Mask = Bool[Array, "G M"]

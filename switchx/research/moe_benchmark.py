@@ -19,8 +19,9 @@ import numpy as np
 
 from switchx.errors import UserError, closest
 from switchx.moe.assignment import Tokens
+from switchx.moe.config import MoeConfig
 from switchx.moe.experts import Experts
-from switchx.moe.layer import MoeConfig, MoeLayer
+from switchx.moe.layer import MoeLayer
 
 
 class Case(NamedTuple):

@@ -9,7 +9,7 @@ import psutil
 
 from switchx.errors import UserError
 from switchx.models.config import ModelConfig
-from switchx.moe.layer import group_shape
+from switchx.moe.config import group_shape
 
 
 class Memory(NamedTuple):

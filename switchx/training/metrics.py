@@ -19,7 +19,7 @@ from tensorboardX.summary import scalar
 
 from switchx.models.config import ModelConfig
 from switchx.moe.assignment import RouterStats
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.run_directory import JsonLines
 from switchx.training.losses import CrossEntropySums
 

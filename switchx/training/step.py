@@ -16,7 +16,7 @@ from switchx.models.stacking import sparse_layers
 from switchx.models.t5 import T5, T5Output, output_head
 from switchx.moe import routing
 from switchx.moe.assignment import RouterStats
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.sharding import constrain
 from switchx.training.losses import LossConfig, cross_entropy
 from switchx.training.metrics import Sums, stack_stats

@@ -4,11 +4,11 @@ import json
 import math
 import pathlib
 
-import numpy as np
 import pytest
 
 from switchx import configuration, run
 from switchx.experiment import Experiment
+from tests.e2e.faults import write_text
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROUTER_FILES = sorted(path.stem for path in (ROOT / "gin_configs/routers").glob("*.gin"))
@@ -17,9 +17,7 @@ ROUTER_FILES = sorted(path.stem for path in (ROOT / "gin_configs/routers").glob(
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "fat", "rat"]
-    rng = np.random.default_rng(0)
-    path.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(400)))
+    write_text(path)
     return str(path)
 
 

@@ -16,7 +16,7 @@ from switchx.interop import rules, t5x
 from switchx.models.config import ModelConfig
 from switchx.models.stacking import unstack_layers
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 

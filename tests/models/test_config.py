@@ -15,7 +15,7 @@ import pytest
 from switchx.errors import UserError
 from switchx.models.config import ModelConfig, read_config
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 
 def t5(depth, d_model, d_ff, num_heads, **fields):

@@ -12,7 +12,7 @@ import pytest
 from switchx.models.config import ModelConfig
 from switchx.models.stacking import Segment, segments, stack_layers, unstack_layers
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 
 def pattern(text):

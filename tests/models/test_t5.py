@@ -16,7 +16,7 @@ from switchx.models.layers import relative_position_buckets
 from switchx.models.stacking import stack_layers
 from switchx.models.t5 import T5, Stack, output_head
 from switchx.moe.assignment import Tokens
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.moe.routing import ROUTERS
 
 B, S, T, V, D, E = 3, 8, 6, 37, 10, 5

@@ -17,7 +17,8 @@ import pytest
 from switchx.moe import placement, routing
 from switchx.moe.assignment import Tokens
 from switchx.moe.balance import router_stats
-from switchx.moe.layer import MoeConfig, MoeLayer
+from switchx.moe.config import MoeConfig
+from switchx.moe.layer import MoeLayer
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 DROPLESS, NLLB = ("mixtral", "olmoe"), ("nllb_moe", "nllb_moe_capacity")

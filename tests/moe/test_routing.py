@@ -13,7 +13,8 @@ from switchx.errors import UserError
 from switchx.models.config import ModelConfig
 from switchx.moe import placement, routing
 from switchx.moe.assignment import Assignment, Choice, Mixture, Tokens
-from switchx.moe.layer import MoeConfig, MoeLayer
+from switchx.moe.config import MoeConfig
+from switchx.moe.layer import MoeLayer
 from switchx.moe.routing import ROUTERS
 
 G, M, E, K, C = 4, 11, 5, 3, 2

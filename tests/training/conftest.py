@@ -9,7 +9,7 @@ from flax import linen as nn
 from switchx.batch import Batch
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 
 
 def small_config(**changes) -> ModelConfig:

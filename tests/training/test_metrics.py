@@ -7,7 +7,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c  # noqa: F401  (the reader below skips CRCs)
 
 from switchx.moe.assignment import RouterStats
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.training.losses import CrossEntropySums
 from switchx.training.metrics import MetricsWriter, Sums, stack_stats, summarize
 

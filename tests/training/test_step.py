@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from switchx.models.t5 import T5
-from switchx.moe.layer import MoeConfig
+from switchx.moe.config import MoeConfig
 from switchx.training.losses import LossConfig
 from switchx.training.metrics import summarize
 from switchx.training.state import TrainState
