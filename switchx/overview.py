@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 
 from switchx import sharding
 from switchx.experiment import Experiment
+from switchx.moe import grouped
 from switchx.moe.config import MoeConfig
 from switchx.training import memory
 from switchx.training.state import TrainState, num_bytes
@@ -63,6 +64,8 @@ def _experts(moe: MoeConfig, num_devices: int) -> str:
     choices = f" top-{moe.num_choices}" if moe.num_choices > 1 else ""
     shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
     backend = moe.backend(train=True, num_devices=num_devices)
+    if backend == "grouped":
+        backend += f" by {grouped.implementation()}"
     return f"{moe.num_experts} experts{shared}, router {moe.router}{choices}, {slots}, {backend}"
 
 

@@ -85,6 +85,15 @@ def num_devices() -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape.values())
 
 
+def platform() -> str:
+    """What the devices of the mesh in `use` are, "cpu", "gpu" or "tpu"; outside, jax's default.
+
+    The devices may be described only, as for compilation ahead of time.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def axes(init: Callable[..., Any], names: tuple[str | None, ...]) -> Callable[..., Any]:
     """Initializer whose parameter carries the logical names of its dimensions."""
     return nn.with_logical_partitioning(init, names)

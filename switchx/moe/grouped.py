@@ -2,7 +2,9 @@
 
 `jax.lax.ragged_dot` is that product where a backend has a kernel for it. On CPU and GPU XLA makes
 E masked products of all rows of it, so there a loop over blocks of one expert's rows takes its
-place: as many blocks as there are, which is known only when it runs.
+place: as many blocks as there are, which is known only when it runs. On TPU, XLA before jax 0.12
+has kernels for all of it but the matrices' gradient, which is E masked products again, so there
+jax's own Pallas kernels of MegaBlocks' products (Gale et al. 2022) do it.
 """
 
 from collections.abc import Callable
@@ -11,9 +13,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from switchx import sharding
+
 # Rows of a block: few enough that the last block of an expert is not mostly another's rows, enough
 # that reading the expert's matrix pays.
 _BLOCKS = (8, 512)
+# Rows, inputs and outputs of a tile of the TPU kernels: in bfloat16 two of each in flight and the
+# sums take 10 of 16 MiB of vector memory.
+_TILES = (512, 1024, 1024)
+_SUBLANES, _LANES = 16, 128
 
 
 def grouped_matmul(
@@ -27,8 +35,10 @@ def grouped_matmul(
 
 
 def implementation() -> str:
-    """Which of `IMPLEMENTATIONS` is right for the default backend."""
-    return "ragged_dot" if jax.default_backend() == "tpu" else "loop"
+    """Which of `IMPLEMENTATIONS` is right for the devices in use."""
+    if sharding.platform() != "tpu":
+        return "loop"
+    return "ragged_dot" if jax.__version_info__ >= (0, 12) else "megablox"
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -109,7 +119,25 @@ def _loop_backward(residuals, grad_NO):
 _loop.defvjp(_loop_forward, _loop_backward)
 
 
+def _megablox(x_NI: jax.Array, kernel_EIO: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.megablox import gmm  # imports Pallas: half a second
+
+    num_rows = x_NI.shape[0]
+    # float32 takes twice the memory; a tile need not be larger than what there is, in whole lanes.
+    most = (tile * 2 // x_NI.dtype.itemsize for tile in _TILES)
+    sizes = zip(most, (num_rows, *kernel_EIO.shape[1:]), (_SUBLANES, _LANES, _LANES), strict=True)
+    tiles = tuple(min(tile, -(-size // unit) * unit) for tile, size, unit in sizes)
+    x_NI = jnp.pad(x_NI, ((0, -num_rows % tiles[0]), (0, 0)))
+    # The kernels leave rows of nobody unwritten: `where` keeps them out of the gradient.
+    x_NI = jnp.where((jnp.arange(x_NI.shape[0]) < jnp.sum(sizes_E))[:, None], x_NI, 0)
+    sizes_E = sizes_E.astype(jnp.int32)
+    interpret = sharding.platform() != "tpu"
+    y_NO = gmm(x_NI, kernel_EIO, sizes_E, x_NI.dtype, tiles, interpret=interpret)
+    return y_NO[:num_rows]
+
+
 IMPLEMENTATIONS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "loop": _loop,
+    "megablox": _megablox,
     "ragged_dot": lambda x, kernel, sizes: jax.lax.ragged_dot(x, kernel, sizes.astype(jnp.int32)),
 }

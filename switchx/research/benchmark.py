@@ -200,6 +200,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         default="cpu_e8,cpu_e32,cpu_e128,cpu_base,decode",
         help=f"of moe, with commas: {', '.join(moe_benchmark.CASES)}",
     )
+    parser.add_argument("--plot", help="of moe: an SVG file of how the cases grow")
     parser.add_argument("--case", dest="gin_file", action="append", type=case_file)
     parser.add_argument("--steps", type=_steps, default=5, help="timed steps or batches")
 
@@ -212,7 +213,7 @@ def run(parser: argparse.ArgumentParser, experiment: Callable[[], Experiment]) -
     add_flags(parser)
     flags, _ = parser.parse_known_args()
     if flags.what == "moe":
-        moe_benchmark.report(flags.cases, steps=flags.steps)
+        moe_benchmark.report(flags.cases, steps=flags.steps, plot=flags.plot)
     else:
         report(flags.what, experiment(), steps=flags.steps)
 

@@ -6,10 +6,12 @@ buffers that are given back and reused, and medians are compared: CPU-seconds of
 seconds until the result is there elsewhere.
 """
 
+import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -43,6 +45,7 @@ CASES = {
     "cpu_base": Case(2048, 768, 3072, 8),
     "cpu_16k": Case(16384, 512, 2048, 8),
     "cpu_64k": Case(65536, 512, 2048, 8),
+    "cpu_16k_groups": Case(16384, 512, 2048, 8, groups=4),
     "cpu_64k_groups": Case(65536, 512, 2048, 8, groups=16),
     "decode_1": Case(1, 512, 2048, 64, decode=True),
     "decode_8": Case(8, 512, 2048, 64, decode=True),
@@ -71,10 +74,54 @@ def case_names(text: str) -> list[str]:
     return found
 
 
-def report(cases: Sequence[str], *, steps: int) -> None:
-    """Measure cases and print a line of JSON for each."""
-    for case in cases:
-        print(json.dumps({"case": case, **measure(CASES[case], steps=steps)}), flush=True)
+def report(cases: Sequence[str], *, steps: int, plot: str | None = None) -> None:
+    """Measure cases and print a line of JSON for each; `plot` is an SVG file of how they grow.
+
+    Raises:
+      UserError: no matplotlib to plot with, or no case to plot, before anything is measured.
+    """
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'switchx[plot]'")
+    if plot and all(CASES[name].decode for name in cases):
+        raise UserError("--plot: decoding is not plotted; add cases such as cpu_e8,cpu_e32")
+    figures = {}
+    for name in cases:
+        figures[name] = measure(CASES[name], steps=steps)
+        print(json.dumps({"case": name, **figures[name]}), flush=True)
+    if plot:
+        draw(figures, plot)
+
+
+def draw(figures: Mapping[str, Mapping[str, Any]], path: str) -> None:
+    """Two diagrams of `measure`'s figures: layer ÷ experts by experts, time a token by tokens."""
+    from matplotlib.figure import Figure
+
+    by_experts, by_tokens = defaultdict(list), defaultdict(list)
+    for name, each in figures.items():
+        case = CASES[name]
+        if case.decode:
+            continue
+        size = f"{case.tokens} tokens of {case.d_model}"
+        for passes, ratio in (("both passes", ""), ("forward", "_forward")):
+            point = (case.num_experts, each[f"layer_over_experts{ratio}"])
+            by_experts[f"{size}, {passes}"].append(point)
+        groups = "one group" if case.groups == 1 else f"groups of {case.tokens // case.groups}"
+        microseconds = 1e6 * each["seconds"]["layer"] / case.tokens
+        by_tokens[f"{case.num_experts} experts of {case.d_model}, {groups}"].append(
+            (case.tokens, microseconds)
+        )
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set(xlabel="experts", ylabel="layer ÷ its experts alone")
+    right.set(xlabel="tokens", ylabel="forward and backward, µs a token")
+    for axes, lines in ((left, by_experts), (right, by_tokens)):
+        for label, points in lines.items():
+            if len(points) > 1:
+                axes.plot(*zip(*sorted(points), strict=True), "o-", label=label)
+        axes.set(xscale="log", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, format="svg", metadata={"Date": None})
 
 
 def measure(case: Case, *, steps: int, warmup: int = 2) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import flax.linen as nn
 import jax
@@ -71,6 +73,34 @@ def apply(layer, params, x_BTD, mask_BT, rngs=None):
 def assert_trees_close(actual, expected, **tolerance):
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, **tolerance)
+
+
+def largest_array(compiled):
+    """Elements of the largest array of a compiled program."""
+    shapes = re.findall(r"\b(?:f32|s32|u32|pred|s64|s8)\[([\d,]+)\]", compiled.as_text())
+    return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "einsum"])
+def test_no_mask_of_tokens_by_experts_by_capacity_in_the_compiled_program(dispatch):
+    tokens, experts, width, hidden = 256, 8, 6, 7
+    config = dataclasses.replace(
+        CONFIG, num_experts=experts, capacity_factor=1.25, group_size=tokens, dispatch=dispatch
+    )
+    layer = make_layer(config, d_ff=hidden, train=True)
+    x_BTD, known = jnp.ones((1, tokens, width)), Tokens(jnp.ones((1, tokens), bool))
+
+    def loss(params, x_BTD):
+        y_BTD, stats = layer.apply({"params": params}, x_BTD, known)
+        return jnp.sum(y_BTD**2) + stats.load_balance_loss + stats.router_z_loss
+
+    params = nn.unbox(layer.init(jax.random.key(0), x_BTD, known))["params"]
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, x_BTD).compile()
+    mask = tokens * experts * config.capacity(tokens, train=True)
+    slots = experts * config.capacity(tokens, train=True) * hidden
+    assert (largest_array(compiled) >= mask) == (dispatch == "einsum")
+    if dispatch == "gather":
+        assert largest_array(compiled) <= max(slots, tokens * experts)
 
 
 def activation(name, x):

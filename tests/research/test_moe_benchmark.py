@@ -38,3 +38,22 @@ def test_a_line_of_json_a_case(monkeypatch, capsys):
     moe_benchmark.report(["cpu_e8", "cpu_base"], steps=3)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [{"case": "cpu_e8", "steps": 3}, {"case": "cpu_base", "steps": 3}]
+
+
+def test_growth_is_plotted(monkeypatch, tmp_path):
+    def figures(case, *, steps):
+        seconds = {"layer": case.tokens * 1e-6 * case.num_experts}
+        ratios = {"layer_over_experts": 1.1, "layer_over_experts_forward": 1.2}
+        return {**ratios, "seconds": seconds}
+
+    monkeypatch.setattr(moe_benchmark, "measure", figures)
+    plot = tmp_path / "growth.svg"
+    moe_benchmark.report(["cpu_e8", "cpu_e32", "cpu_16k", "decode_1"], steps=1, plot=str(plot))
+    text = plot.read_text()
+    assert "<svg" in text and "layer ÷ its experts alone" in text
+    assert "8 experts of 512, one group" in text
+    with pytest.raises(UserError, match="--plot: decoding is not plotted"):
+        moe_benchmark.report(["decode_1"], steps=1, plot=str(plot))
+    monkeypatch.setattr(moe_benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--plot needs matplotlib"):
+        moe_benchmark.report(["cpu_e8"], steps=1, plot=str(plot))
