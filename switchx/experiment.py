@@ -1,10 +1,10 @@
 """`Experiment`: everything a configuration fills, and the checks across its parts."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from switchx import sharding
@@ -16,7 +16,7 @@ from switchx.models.t5 import T5
 from switchx.moe.config import MoeConfig, check_whole_rows, group_shape
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
-from switchx.training.state import TrainState, create_state
+from switchx.training.state import StatePlan, create_state
 
 # A continued run may differ from its beginning in these: none changes what a step computes.
 MAY_CHANGE = (
@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "data.token_cache_dir",
     "on_nonfinite",
     "mesh",
+    "sharding_rules",
 )
 
 
@@ -54,7 +55,8 @@ class Experiment:
       initial_optimizer: take its optimizer state and step as well.
       seed: of parameters, dropout and jitter (RANDOM_SEED; the data has its own).
       num_microbatches: pieces a batch is cut into to save memory (NUM_MICROBATCHES).
-      mesh: devices along (data, expert, model); -1 takes the rest (MESH).
+      mesh: devices along (data, fsdp, expert, model); -1 takes the rest (MESH).
+      sharding_rules: changes to `sharding.RULES`: logical axis → mesh axis, axes or None.
       log_period: steps between rows of training metrics.
       log_norms: add parameter and update norms, by parameter, to those rows.
       on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
@@ -78,6 +80,7 @@ class Experiment:
     seed: int = 0
     num_microbatches: int = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    sharding_rules: dict[str, Any] = dataclasses.field(default_factory=dict)
     log_period: int = 10
     log_norms: bool = False
     on_nonfinite: str = "stop"
@@ -105,6 +108,7 @@ class Experiment:
         check_choice(self, "on_nonfinite", ("stop", "skip"))
         check_range(self, "model_dir", bool(self.model_dir), "a path")
         check_range(self, "mesh", bool(self.mesh), "one axis or more, as in {'data': -1}")
+        _ = self.rules
         if self.initial_optimizer and self.initial_checkpoint_path is None:
             raise UserError("Experiment.initial_optimizer needs INITIAL_CHECKPOINT_PATH")
 
@@ -115,20 +119,24 @@ class Experiment:
         return lengths["inputs"], lengths["targets"]
 
     @property
+    def rules(self) -> sharding.Rules:
+        """Which mesh axis each logical axis lies on."""
+        return sharding.change_rules(self.sharding_rules)
+
+    @property
     def train_flops(self) -> float:
         """Model FLOPs of a training step: three times the forward pass of every row."""
         return 3 * self.data.batch_size * self.model.flops_per_sequence(*self.lengths)
 
 
-def plan_state(
-    experiment: Experiment, mesh: Mesh
-) -> tuple[Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+def plan_state(experiment: Experiment, mesh: Mesh) -> StatePlan:
     """`create_state` of an experiment's model, optimizer and seed."""
     return create_state(
         T5(experiment.model),
         lambda axes: make_optimizer(experiment.optimizer, axes),
         seed=experiment.seed,
         mesh=mesh,
+        rules=experiment.rules,
     )
 
 
@@ -159,7 +167,7 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
     if rows // pieces % shards:
         raise UserError(
             f"BATCH_SIZE = {rows} in {pieces} microbatch(es) is not divisible by the {shards} "
-            f"data x expert devices of MESH = {dict(mesh.shape)}; "
+            f"data x fsdp x expert devices of MESH = {dict(mesh.shape)}; "
             f"{_near_multiples(rows, pieces * shards)} are"
         )
     _check_axis(mesh, "model", "num_heads", model.num_heads)

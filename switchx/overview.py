@@ -1,5 +1,7 @@
 """One screen that says what is about to run, what it costs and whether it fits."""
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import Mesh
 
@@ -11,8 +13,16 @@ from switchx.training import memory
 from switchx.training.state import TrainState, num_bytes
 
 
-def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
-    """Model, parameters, data, compute, memory against what there is, devices and directory."""
+def overview(
+    experiment: Experiment,
+    abstract: TrainState,
+    mesh: Mesh,
+    dropped: Sequence[sharding.Dropped] = (),
+) -> str:
+    """Model, parameters, data, compute, memory against what there is, devices and directory.
+
+    `dropped` are sharding rules that do not divide a parameter.
+    """
     model = experiment.model
     encoder_length, decoder_length = experiment.lengths
     shards = sharding.batch_shards(mesh)
@@ -35,7 +45,8 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
     if len(described) == 2 and len(set(described.values())) == 1:
         layers_with = f"{sparse['encoder']}+{sparse['decoder']} layers with"
         experts = [f"experts      {layers_with} {described['encoder']}"]
-    layout = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    split = [f"{size} {axis}" for axis, size in mesh.shape.items() if size > 1]
+    layout = f", mesh {' x '.join(split)}" if split else ""
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
@@ -51,7 +62,8 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
         f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, "
         f"activations {_gib(need.activations)}{warning}",
-        f"devices      {len(devices)} x {devices[0].device_kind}, mesh {layout}",
+        f"devices      {len(devices)} x {devices[0].device_kind}{layout}",
+        *_whole(dropped),
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]
     return "\n".join(lines)
@@ -67,6 +79,14 @@ def _experts(moe: MoeConfig, num_devices: int) -> str:
     if backend == "grouped":
         backend += f" by {grouped.implementation()}"
     return f"{moe.num_experts} experts{shared}, router {moe.router}{choices}, {slots}, {backend}"
+
+
+def _whole(dropped: Sequence[sharding.Dropped]) -> list[str]:
+    parameters = [each for each in dropped if each.parameter.startswith("params/")]
+    if not parameters:
+        return []
+    more = f", and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+    return [f"not split    {parameters[0]}{more}   <-- WHOLE ON EVERY DEVICE"]
 
 
 def _gib(size: int) -> str:

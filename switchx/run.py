@@ -53,7 +53,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     directory = RunDirectory(experiment.model_dir)
     try:
         directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
-        with sharding.use(mesh):
+        with sharding.use(mesh, experiment.rules):
             return _Run(experiment, directory, mesh).run(config_gin)
     finally:
         directory.close()
@@ -127,8 +127,8 @@ class _Run:
         with concurrent.futures.ThreadPoolExecutor(1, "data") as builder:
             # TensorFlow's import and graph building take as long as initialisation: overlap.
             building = builder.submit(self._build_data)
-            create, abstract, optimizer = plan_state(experiment, self.mesh)
-            print(overview(experiment, abstract, self.mesh), flush=True)
+            create, abstract, optimizer, dropped = plan_state(experiment, self.mesh)
+            print(overview(experiment, abstract, self.mesh, dropped), flush=True)
             state, position = self._initial_state(create, abstract)
             if int(state.step) > experiment.train_steps or (
                 int(state.step) == experiment.train_steps and position is None

@@ -7,38 +7,70 @@ axis each name lies on. Models never mention a mesh axis.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchx.errors import UserError, closest
 
-MESH_AXES = ("data", "expert", "model")
+MESH_AXES = ("data", "fsdp", "expert", "model")
+# Rows of a batch are split over these: every device works on tokens. Devices along `fsdp` also
+# share out the parameters, those along `expert` the experts, and tokens travel between them.
+BATCH_AXES = ("data", "fsdp", "expert")
 
-# Logical axis → mesh axis or axes. The batch is split over data and expert devices together:
-# every device works on tokens, and expert parallelism is an exchange between them.
-RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+Rules = Mapping[str, str | tuple[str, ...] | None]
+
+# Logical axis → mesh axis or axes.
+RULES: Rules = {
     # activations
-    ("batch", ("data", "expert")),
-    ("group", ("data", "expert")),
-    ("group_within_expert", "data"),
+    "batch": BATCH_AXES,
+    "group": BATCH_AXES,
+    "group_within_expert": ("data", "fsdp"),
     # parameters (activations of these widths too)
-    ("expert", "expert"),
-    ("vocab", "model"),
-    ("heads", "model"),
-    ("mlp", "model"),
-    ("embed", None),
-    ("layers", None),
-    ("experts", None),  # the router's output: every device needs all logits of its tokens
-    ("relpos_buckets", None),
-)
+    "expert": "expert",
+    "vocab": "model",
+    "heads": "model",
+    "mlp": "model",
+    "embed": "fsdp",
+    "expert_embed": "fsdp",
+    "norm": None,  # vectors are too small to share out
+    "layers": None,
+    "experts": None,  # the router's output: every device needs all logits of its tokens
+    "relpos_buckets": None,
+}
+# Dimensions that are split to save memory alone, and stay whole where they do not divide.
+SHARED_OUT = ("embed", "expert_embed")
+_FIELD = "Experiment.sharding_rules"
+
+
+def change_rules(changes: Mapping[str, Any]) -> Rules:
+    """`RULES` with some of them changed.
+
+    Raises:
+      UserError: a logical axis or a mesh axis that does not exist.
+    """
+    rules = dict(RULES)
+    for name, where in changes.items():
+        if name not in RULES:
+            raise UserError(f"{_FIELD}: unknown logical axis {name!r}{closest(name, RULES)}")
+        rules[name] = tuple(where) if isinstance(where, list) else where
+        for axis in _mesh_axes(rules[name]):
+            if axis not in MESH_AXES:
+                raise UserError(
+                    f"{_FIELD}: {name!r} lies on unknown mesh axis {axis!r}"
+                    f"{closest(str(axis), MESH_AXES)}"
+                )
+    return rules
 
 
 def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh with axes (data, expert, model) over all devices, or over `devices`.
+    """Mesh with axes (data, fsdp, expert, model) over all devices, or over `devices`.
+
+    On TPU neighbours in the mesh are neighbours on the chips' network, `model` before the others.
 
     Args:
       shape: size of each axis; a missing axis is 1, and at most one axis is -1, which takes
@@ -65,18 +97,21 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
             f"MESH = {dict(shape)} does not fill {len(devices)} "
             f"{devices[0].platform} device(s); sizes must multiply to {len(devices)}, or use -1"
         )
+    if devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES)
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
 def batch_shards(mesh: Mesh) -> int:
     """Into how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["expert"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
+def use(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
     """Make the mesh and the rules known to every `constrain` traced inside."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+    with jax.set_mesh(mesh), nn.logical_axis_rules(tuple(rules.items())):
         yield
 
 
@@ -104,21 +139,118 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return nn.with_logical_constraint(x, names)
 
 
+def gather(kernel: jax.Array, *names: str | None) -> jax.Array:
+    """A parameter whole along the dimensions that are `SHARED_OUT`, for use in a product.
+
+    Said aloud, because XLA otherwise sometimes gathers activations instead.
+    """
+    return constrain(kernel, *(None if name in SHARED_OUT else name for name in names))
+
+
 def logical_axes(boxed: Any) -> Any:
     """Tree of `PartitionSpec`s of logical names for boxed parameters, as `module.init` gives."""
     return nn.get_partition_spec(boxed)
 
 
-def shardings(names: Any, mesh: Mesh) -> Any:
-    """Tree of `NamedSharding`s for a tree of `PartitionSpec`s of logical names, by `RULES`."""
-    rules = dict(RULES)
+class Dropped(NamedTuple):
+    """A rule that does not divide a parameter: the dimension is split less than it says."""
 
-    def sharding(spec: PartitionSpec) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*(rules[name] if name else None for name in spec)))
+    parameter: str
+    logical_axis: str
+    size: int
+    mesh_axes: tuple[str, ...]
+    devices: int
 
-    return jax.tree.map(sharding, names, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
+    def __str__(self) -> str:
+        return (
+            f"{self.parameter}: {self.logical_axis} = {self.size} does not divide by "
+            f"{' x '.join(self.mesh_axes)} = {self.devices}"
+        )
+
+
+def shardings(
+    names: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES
+) -> tuple[Any, list[Dropped]]:
+    """Where arrays lie: a tree of `NamedSharding`s, and the rules that had to be dropped.
+
+    Args:
+      names: tree of `PartitionSpec`s of logical names.
+      shapes: tree of the arrays, or of their shapes and dtypes.
+      mesh: the devices.
+      rules: which mesh axis each name lies on.
+
+    Raises:
+      UserError: two dimensions of one array lie on the same mesh axis, or a dimension does not
+        divide by its mesh axis; of `SHARED_OUT`, which only saves memory, the rule is dropped.
+    """
+    dropped: list[Dropped] = []
+    is_names = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    specs = jax.tree.map_with_path(
+        lambda path, spec, leaf: _lay(
+            jax.tree_util.keystr(path, simple=True, separator="/"),
+            (*spec, *[None] * (len(leaf.shape) - len(spec))),
+            leaf.shape,
+            mesh,
+            rules,
+            dropped,
+        ),
+        names,
+        shapes,
+        is_leaf=is_names,
+    )
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_names), dropped
+
+
+def _lay(
+    parameter: str,
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh,
+    rules: Rules,
+    dropped: list[Dropped],
+) -> PartitionSpec:
+    """Mesh axes of each dimension of one array; appends what had to be dropped."""
+    places: list[str | tuple[str, ...] | None] = []
+    taken: dict[str, str] = {}
+    for name, size in zip(names, shape, strict=True):
+        wanted = _mesh_axes(rules[name]) if name else ()
+        for axis in wanted:
+            if axis in taken and mesh.shape[axis] > 1:
+                raise UserError(
+                    f"{_FIELD}: {taken[axis]!r} and {name!r}, two dimensions of {parameter}, "
+                    f"both lie on mesh axis {axis!r}; change the rule of one"
+                )
+            taken[axis] = str(name)
+        axes = _dividing(wanted, size, mesh)
+        if axes != wanted:
+            devices = math.prod(mesh.shape[axis] for axis in wanted)
+            if name not in SHARED_OUT:
+                fits = [n for n in range(1, devices + 1) if size % n == 0]
+                raise UserError(
+                    f"MESH = {dict(mesh.shape)}: {name!r} = {size} of {parameter} does not divide "
+                    f"by mesh axis {' x '.join(wanted)} = {devices}, on which the rules put it; "
+                    f"what fits: {', '.join(map(str, fits[-8:]))}"
+                )
+            dropped.append(Dropped(parameter, str(name), size, wanted, devices))
+        places.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*places)
+
+
+def _mesh_axes(where: Any) -> tuple[Any, ...]:
+    if where is None:
+        return ()
+    return where if isinstance(where, tuple) else (where,)
+
+
+def _dividing(wanted: tuple[str, ...], size: int, mesh: Mesh) -> tuple[str, ...]:
+    """As many of the mesh axes, in order, as a dimension divides by."""
+    axes: tuple[str, ...] = ()
+    for axis in wanted:
+        if size % math.prod(mesh.shape[each] for each in (*axes, axis)) == 0:
+            axes += (axis,)
+    return axes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of arrays whose first dimension is the rows of a batch."""
-    return NamedSharding(mesh, PartitionSpec(("data", "expert")))
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

@@ -62,8 +62,8 @@ def load(experiment: Experiment) -> Trained:
     check_fits(experiment, mesh)
     path = experiment.initial_checkpoint_path
     checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
-    with _notes(), sharding.use(mesh):
-        _, abstract, _ = plan_state(experiment, mesh)
+    with _notes(), sharding.use(mesh, experiment.rules):
+        abstract = plan_state(experiment, mesh).abstract
         params = restore_from(str(checkpoint), abstract, optimizer=False).params
     return Trained(params, checkpoint, mesh)
 
@@ -84,7 +84,7 @@ def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[
     model = experiment.model
     tasks = pipeline.task_names(experiment.data)
     rows = []
-    with sharding.use(trained.mesh):
+    with sharding.use(trained.mesh, experiment.rules):
         where = sharding.batch_sharding(trained.mesh)
         summary = summarizer(model)
         eval_step = jax.jit(make_eval_step(T5(model), experiment.loss))
@@ -118,7 +118,7 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
     trained = load(experiment)
     length, max_length = experiment.lengths
     rows, truncated = experiment.data.batch_size, 0
-    with sharding.use(trained.mesh):
+    with sharding.use(trained.mesh, experiment.rules):
         where = sharding.batch_sharding(trained.mesh)
         for batch in batched(iter(_progress(texts, "decode", "texts")), rows):
             ids = [pipeline.encode_text(experiment.data, text) for text in batch]

@@ -162,7 +162,7 @@ class Device:
     """What a mesh asks of a device."""
 
     id: int
-    platform: str = "tpu"
+    platform: str = "gpu"
 
 
 @pytest.mark.parametrize(

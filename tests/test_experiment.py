@@ -53,7 +53,7 @@ def test_what_fits():
     [
         (dict(model={"vocab_size": 300}), "vocab_size = 300 is too small .* 359 ids"),
         (dict(num_microbatches=5), r"BATCH_SIZE = 24 .* NUM_MICROBATCHES = 5; 20 and 25 are"),
-        (dict(mesh={"data": 7}), r"BATCH_SIZE = 24 .* 7 data x expert .*; 21 and 28 are"),
+        (dict(mesh={"data": 7}), r"BATCH_SIZE = 24 .* 7 data x fsdp x expert .*; 21 and 28 are"),
         (dict(mesh={"expert": 4}), r"moe.num_experts = 6 .* 4 devices of mesh axis 'expert'"),
         (dict(mesh={"model": 8}), r"num_heads = 12 .* mesh axis 'model'"),
         (dict(mesh={"data": 8}), r"group_size = 512: .* 1 microbatch\(es\) x 8 device\(s\)"),

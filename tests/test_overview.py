@@ -11,7 +11,7 @@ from tests.test_experiment import EXPERIMENT
 def text(monkeypatch, free: int) -> str:
     monkeypatch.setattr("switchx.training.memory.available", lambda: free)
     mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
-    _, abstract, _ = create_state(
+    _, abstract, _, _ = create_state(
         T5(EXPERIMENT.model),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=0,
@@ -27,7 +27,7 @@ def test_one_screen_says_what_will_run(monkeypatch):
     assert f"{EXPERIMENT.model.num_active_params:,} per token" in screen
     assert "6+6 layers with 6 experts, router switch, capacity factor 1.25 (eval 2.0)" in screen
     assert "24 rows of 128 + 30 tokens" in screen
-    assert "mesh 2 data x 1 expert x 1 model" in screen
+    assert "mesh 2 data\n" in screen
     assert "64.00 GiB free" in screen and "MORE THAN" not in screen
 
 

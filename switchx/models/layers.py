@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from switchx.models.config import ModelConfig
 from switchx.moe.experts import ACTIVATIONS
-from switchx.sharding import axes
+from switchx.sharding import axes, gather
 
 
 def truncated_normal(scale: float) -> nn.initializers.Initializer:
@@ -34,7 +34,7 @@ class Dense(nn.Module):
         )
         # As a matrix: for the gradient of the kernel, XLA on CPU transposes more axes than two by
         # copying, and loses its fast matmul.
-        y = x.reshape(-1, x.shape[-1]) @ kernel.astype(x.dtype)
+        y = x.reshape(-1, x.shape[-1]) @ gather(kernel.astype(x.dtype), *self.names)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -48,7 +48,7 @@ class RMSNorm(nn.Module):
         """Normalise the last axis."""
         dtype = jnp.promote_types(x.dtype, jnp.float32)
         scale_D = self.param(
-            "scale", axes(nn.initializers.ones, ("embed",)), (x.shape[-1],), jnp.float32
+            "scale", axes(nn.initializers.ones, ("norm",)), (x.shape[-1],), jnp.float32
         )
         wide = x.astype(dtype)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
@@ -70,6 +70,7 @@ class TokenEmbedder(nn.Module):
             (self.config.vocab_size, self.config.d_model),
             jnp.float32,
         )
+        embedding_VD = gather(embedding_VD, "vocab", "embed")
         return jnp.take(embedding_VD, tokens_BT, axis=0).astype(self.config.dtype)
 
 
@@ -87,6 +88,7 @@ class OutputHead(nn.Module):
             (self.config.d_model, self.config.vocab_size),
             jnp.float32,
         )
+        kernel_DV = gather(kernel_DV, "embed", "vocab")
         dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
         return jnp.einsum(
             "btd,dv->btv", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=dtype

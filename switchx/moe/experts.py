@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from switchx.moe.grouped import grouped_matmul
-from switchx.sharding import axes
+from switchx.sharding import axes, gather
 
 # "linear" is the ungated branch of a gated network; "gelu" is the tanh form, as T5 has it.
 ACTIVATIONS = {
@@ -45,12 +45,12 @@ class Experts(nn.Module):
         hidden_ENF = None
         for index, activation in enumerate(self.activations):
             name = "wi" if len(self.activations) == 1 else f"wi_{index}"
-            branch_ENF = self._dense(name, x_END, sizes_E, ("embed", "mlp"), self.d_ff)
+            branch_ENF = self._dense(name, x_END, sizes_E, ("expert_embed", "mlp"), self.d_ff)
             branch_ENF = ACTIVATIONS[activation](branch_ENF)
             hidden_ENF = branch_ENF if hidden_ENF is None else hidden_ENF * branch_ENF
         assert hidden_ENF is not None
         hidden_ENF = nn.Dropout(self.dropout_rate, deterministic=not self.train)(hidden_ENF)
-        return self._dense("wo", hidden_ENF, sizes_E, ("mlp", "embed"), width)
+        return self._dense("wo", hidden_ENF, sizes_E, ("mlp", "expert_embed"), width)
 
     def _dense(
         self,
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         # A single network, shared or not, is no dimension to split over devices.
         expert = "expert" if self.num_experts > 1 else None
         kernel_EIO = self.param(name, axes(init, (expert, *names)), shape, jnp.float32)
-        kernel_EIO = kernel_EIO.astype(x_ENI.dtype)
+        kernel_EIO = gather(kernel_EIO.astype(x_ENI.dtype), expert, *names)
         if sizes_E is None:
             y_ENO = jnp.einsum("eni,eio->eno", x_ENI, kernel_EIO)
         else:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from switchx.sharding import axes
+from switchx.sharding import axes, gather
 
 # Never so small that the softmax is an argmax: arXiv:2204.09179, §3.
 MIN_TEMPERATURE = 0.01
@@ -58,7 +58,7 @@ class Gate(nn.Module):
         self, name: str, shape: tuple[int, ...], names: tuple[str | None, ...], init: Callable
     ) -> jax.Array:
         """A float32 parameter with its logical axes."""
-        return self.param(name, axes(init, names), shape, jnp.float32)
+        return gather(self.param(name, axes(init, names), shape, jnp.float32), *names)
 
     def add_bias(self, logits_GME: jax.Array) -> jax.Array:
         """Logits with their bias, if the gate has one."""

@@ -62,8 +62,8 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
     """
     mesh = sharding.make_mesh(experiment.mesh)
     check_fits(experiment, mesh)
-    with sharding.use(mesh):
-        create, abstract, optimizer = plan_state(experiment, mesh)
+    with sharding.use(mesh, experiment.rules):
+        create, abstract, optimizer, _ = plan_state(experiment, mesh)
         start = time.perf_counter()
         step = compile_step(experiment, optimizer, abstract, mesh)
         compile_seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
 """`TrainState`: everything a step changes, and how it is created on a mesh."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -32,13 +32,30 @@ class TrainState:
     rng: Any
 
 
+class StatePlan(NamedTuple):
+    """A state that is not there yet.
+
+    Attributes:
+      create: makes it, initialised in place on its devices.
+      abstract: its shapes, dtypes and shardings, `jax.ShapeDtypeStruct` leaves.
+      optimizer: of its parameters.
+      dropped: sharding rules that did not divide a parameter.
+    """
+
+    create: Callable[[], TrainState]
+    abstract: TrainState
+    optimizer: optax.GradientTransformation
+    dropped: list[sharding.Dropped]
+
+
 def create_state(
     model: nn.Module,
     make_optimizer: Callable[[Any], optax.GradientTransformation],
     *,
     seed: int,
     mesh: Mesh,
-) -> tuple[Callable[[], TrainState], TrainState, optax.GradientTransformation]:
+    rules: sharding.Rules = sharding.RULES,
+) -> StatePlan:
     """Plan a state without allocating it.
 
     Args:
@@ -46,10 +63,7 @@ def create_state(
       make_optimizer: from the tree of logical axis names of the parameters.
       seed: of initialisation and of everything random in training.
       mesh: where the state will live.
-
-    Returns:
-      The function that creates the state, initialised in place on its devices; the state's
-      shapes, dtypes and shardings (`jax.ShapeDtypeStruct` leaves); and the optimizer.
+      rules: which mesh axis each logical axis lies on.
     """
 
     def init_params() -> Any:
@@ -78,7 +92,7 @@ def create_state(
         opt_state=optimizers.state_axes(optimizer, shapes.params, names),
         rng=PartitionSpec(),
     )
-    state_shardings = sharding.shardings(state_names, mesh)
+    state_shardings, dropped = sharding.shardings(state_names, shapes, mesh, rules)
     abstract = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec),
         shapes,
@@ -89,7 +103,7 @@ def create_state(
         # XLA's default draws many parameters at once, with 3 GB of random bits for Switch-Base.
         options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     create = jax.jit(init, out_shardings=state_shardings, compiler_options=options)
-    return create, abstract, optimizer
+    return StatePlan(create, abstract, optimizer, dropped)
 
 
 def run_rng(seed: int) -> jax.Array:

@@ -201,7 +201,8 @@ def update_biases(params: Any, config: ModelConfig, router: Mapping[str, RouterS
 
 def _norms(tree: Any) -> dict[str, jax.Array]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    # Not raveled: a split parameter would be gathered for that.
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.linalg.norm(leaf.ravel())
+        jax.tree_util.keystr(path, simple=True, separator="/"): jnp.sqrt(jnp.sum(jnp.square(leaf)))
         for path, leaf in leaves
     }

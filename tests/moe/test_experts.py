@@ -48,4 +48,4 @@ def test_one_network_is_not_split_over_expert_devices():
         variables = jax.eval_shape(
             module.init, jax.random.key(0), jnp.broadcast_to(x_END, (num_experts, N, D))
         )
-        assert tuple(logical_axes(variables["params"])["wi"]) == (axis, "embed", "mlp")
+        assert tuple(logical_axes(variables["params"])["wi"]) == (axis, "expert_embed", "mlp")

@@ -21,7 +21,7 @@ from switchx.training.state import TrainState, create_state
 @pytest.fixture(scope="module")
 def plan(config):
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    create, abstract, _ = create_state(
+    create, abstract, _, _ = create_state(
         T5(config), lambda axes: make_optimizer(OptimizerConfig(), axes), seed=1, mesh=mesh
     )
     return create(), abstract
@@ -60,7 +60,7 @@ def test_restores_to_another_sharding(config, plan, tmp_path):
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
     mesh = sharding.make_mesh({"expert": 5}, jax.devices()[:5])
-    _, elsewhere, _ = create_state(
+    _, elsewhere, _, _ = create_state(
         T5(config),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=1,
@@ -163,7 +163,7 @@ def test_parameters_that_do_not_fit_are_named(plan, tmp_path):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
-    _, wider, _ = create_state(
+    _, wider, _, _ = create_state(
         T5(small_config(d_ff=16)),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=1,
@@ -330,7 +330,7 @@ def test_the_state_of_another_optimizer_is_refused(config, plan, tmp_path):
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
     adamw = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")
-    _, other, _ = create_state(
+    _, other, _, _ = create_state(
         T5(config),
         lambda axes: make_optimizer(adamw, axes),
         seed=1,
