@@ -37,7 +37,7 @@ def overview(
     devices = jax.devices()
     layers = f"{model.num_encoder_layers}+{model.num_decoder_layers} layers"
     sparse = {"encoder": sum(model.encoder_sparse), "decoder": sum(model.decoder_sparse)}
-    described = {stack: _experts(moe, mesh.size) for stack, moe in model.stack_moe.items()}
+    described = {stack: _experts(moe) for stack, moe in model.stack_moe.items()}
     experts = [
         f"experts      {stack}: {sparse[stack]} layers with {text}"
         for stack, text in described.items()
@@ -69,13 +69,13 @@ def overview(
     return "\n".join(lines)
 
 
-def _experts(moe: MoeConfig, num_devices: int) -> str:
+def _experts(moe: MoeConfig) -> str:
     slots = f"capacity {moe.expert_capacity}"
     if moe.expert_capacity is None:
         slots = f"capacity factor {moe.capacity_factor} (eval {moe.eval_capacity_factor})"
     choices = f" top-{moe.num_choices}" if moe.num_choices > 1 else ""
     shared = f" and {moe.num_shared_experts} shared" if moe.num_shared_experts else ""
-    backend = moe.backend(train=True, num_devices=num_devices)
+    backend = moe.backend(train=True)
     if backend == "grouped":
         backend += f" by {grouped.implementation()}"
     return f"{moe.num_experts} experts{shared}, router {moe.router}{choices}, {slots}, {backend}"

@@ -103,9 +103,10 @@ def make_mesh(shape: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+def batch_shards(mesh: Mesh | None = None) -> int:
+    """Into how many parts the rows of a batch are split, on a mesh or that in `use`."""
+    sizes = jax.sharding.get_abstract_mesh().shape if mesh is None else mesh.shape
+    return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
 @contextlib.contextmanager
@@ -145,6 +146,12 @@ def gather(kernel: jax.Array, *names: str | None) -> jax.Array:
     Said aloud, because XLA otherwise sometimes gathers activations instead.
     """
     return constrain(kernel, *(None if name in SHARED_OUT else name for name in names))
+
+
+def place(*names: str | None) -> PartitionSpec:
+    """Where an array lies on the mesh in `use`, by logical name; whole along `SHARED_OUT`."""
+    wanted = [None if name in SHARED_OUT else name for name in names]
+    return nn.logical_to_mesh_axes(wanted) or PartitionSpec()
 
 
 def logical_axes(boxed: Any) -> Any:

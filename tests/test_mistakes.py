@@ -206,7 +206,11 @@ CASES = {
     ),
     "batch priority in a decoder": (
         [TINY, "--gin.MoeConfig.priority=probability"],
-        ["priority = 'probability' looks at later tokens", "decoder_moe", "'choice' or 'token'"],
+        ["priority = 'probability' looks at later tokens", "decoder_moe", "priority 'token'"],
+    ),
+    "second choices after all first ones in a decoder": (
+        [TINY, "--gin.MoeConfig.router=gshard", "--gin.MoeConfig.priority=choice"],
+        ["priority = 'choice' looks at later tokens", "decoder_moe", "priority 'token'"],
     ),
     "more choices than experts": (
         [TINY, "--gin.MoeConfig.router=top_k", "--gin.MoeConfig.top_k=9"],

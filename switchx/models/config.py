@@ -136,25 +136,28 @@ class ModelConfig:
                 "ModelConfig.decoder_moe is set and moe is None; set moe, and "
                 "encoder_sparse_layers = () for a dense encoder"
             )
-        moe = self.decoder_moe or self.moe
-        if moe is None or moe.causal or not any(self.decoder_sparse):
+        moe = self.stack_moe.get("decoder")
+        if moe is None or moe.causal:
             return
         name = "moe" if self.decoder_moe is None else "decoder_moe"
-        causal = ", ".join(router for router, scheme in ROUTERS.items() if scheme.causal)
         what = f"router = {moe.router!r}"
+        mend = "one of: " + ", ".join(each for each, scheme in ROUTERS.items() if scheme.causal)
         if ROUTERS[moe.router].causal:
-            what, causal = f"priority = {moe.priority!r}", "priority 'choice' or 'token'"
+            what, mend = f"priority = {moe.priority!r}", "priority 'token'"
         raise UserError(
             f"ModelConfig.{name}: {what} looks at later tokens, which a decoder may not; set "
-            f"decoder_moe to a MoeConfig with one of: {causal}"
+            f"decoder_moe to a MoeConfig with {mend}"
         )
 
     @property
     def stack_moe(self) -> dict[str, MoeConfig]:
         """The sparse layers' configuration of each stack that has any."""
+        decoder = self.decoder_moe or self.moe
+        if decoder and decoder.priority is None and decoder.num_choices > 1:
+            decoder = dataclasses.replace(decoder, priority="token")
         stacks = {
             "encoder": (self.moe, self.encoder_sparse),
-            "decoder": (self.decoder_moe or self.moe, self.decoder_sparse),
+            "decoder": (decoder, self.decoder_sparse),
         }
         return {name: moe for name, (moe, sparse) in stacks.items() if moe and any(sparse)}
 

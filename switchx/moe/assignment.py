@@ -79,10 +79,16 @@ class Grouping:
     sizes_E: Int[Array, " E"]
     row_GMK: Int[Array, "G M K"]
 
-    @property
-    def kept_GMK(self) -> Bool[Array, "G M K"]:
-        """Whether each choice was made by a real token: all of those are kept."""
-        return self.row_GMK < self.token_N.size
+
+@flax.struct.dataclass
+class Dropless:
+    """Where every choice of a real token is kept.
+
+    Attributes:
+      kept_GMK: whether a choice is a real token's.
+    """
+
+    kept_GMK: Bool[Array, "G M K"]
 
 
 @flax.struct.dataclass

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from switchx.moe.assignment import (
     Assignment,
     Choice,
-    Grouping,
+    Dropless,
     Mixture,
     RouterStats,
     Routing,
@@ -19,7 +19,7 @@ LOAD_BALANCE_CHOICES = ("first", "all")
 def router_stats(
     logits_GME: Float[Array, "G M _"] | None,
     routing: Routing,
-    placed: Assignment | Grouping | Mixture,
+    placed: Assignment | Dropless | Mixture,
     mask_GM: Bool[Array, "G M"],
     *,
     load_balance_choices: str = "first",
@@ -71,7 +71,7 @@ def router_stats(
 
 
 def _demand(
-    routing: Routing, placed: Assignment | Grouping | Mixture, mask_GM: jax.Array
+    routing: Routing, placed: Assignment | Dropless | Mixture, mask_GM: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Choices per expert, gates per expert, choices by rank, and how many of them were dropped."""
     decision, dtype = routing.decision, routing.probs_GME.dtype
@@ -117,5 +117,7 @@ def _count(
 
 
 def _squared_variation(x_GE: jax.Array) -> jax.Array:
-    mean_G = jnp.mean(x_GE, axis=-1)
-    return jnp.var(x_GE, axis=-1) / jnp.maximum(jnp.square(mean_G), jnp.finfo(x_GE.dtype).tiny)
+    square_G = jnp.square(jnp.mean(x_GE, axis=-1))
+    # Nothing but padding: no variation, and a gradient of 0 instead of 0 / 0.
+    safe_G = jnp.where(square_G > 0, square_G, 1)
+    return jnp.where(square_G > 0, jnp.var(x_GE, axis=-1) / safe_G, 0)

@@ -52,7 +52,8 @@ class MoeConfig:
       expert_capacity: slots per expert and group, in training and evaluation, instead of the
         three above (Hugging Face's absolute capacity; the slots per expert of `soft_moe`).
       priority: which choices are served first, see `placement.place`: "choice", "token" or
-        "probability" (batch-priority, for encoders).
+        "probability" (batch-priority, for encoders). None is "choice", and "token" in a decoder,
+        where a later token may not take the slot of an earlier one's second choice.
       group_size: tokens that compete for the same slots, an upper bound: a group is the largest
         number of whole rows of the global batch that divides it and has at most this many
         tokens. "row" makes each row a group (as Hugging Face does). Independent of the mesh.
@@ -71,7 +72,7 @@ class MoeConfig:
         (arXiv:2401.06066, §3.2).
       expert_dropout_rate: dropout on the experts' hidden units (arXiv:2101.03961, §2.4).
       dispatch: name in `switchx.moe.dispatch.BACKENDS`; "auto" is "grouped" where nothing can be
-        dropped and one device has all experts, else "gather".
+        dropped, else "gather".
     """
 
     num_experts: int = 8
@@ -96,7 +97,7 @@ class MoeConfig:
     eval_capacity_factor: float | None = 2.0
     min_capacity: int = 4
     expert_capacity: int | None = None
-    priority: str = "choice"
+    priority: str | None = None
     group_size: int | str = 4096
     route_padding: bool = False
     load_balance_weight: float = 1e-2
@@ -161,6 +162,9 @@ class MoeConfig:
         check_choice(self, "second_expert_policy", routing.SECOND_EXPERT_POLICIES)
         valid = 0 < self.second_expert_threshold < 1
         check_range(self, "second_expert_threshold", valid, "between 0 and 1")
+        if self.second_expert_policy == "threshold":
+            never = "below 0.5, which no second gate exceeds, with the policy 'threshold'"
+            check_range(self, "second_expert_threshold", self.second_expert_threshold < 0.5, never)
         check_choice(self, "exploration", EXPLORATIONS)
         for field in ("jitter_noise", "router_dropout_rate"):
             check_range(self, field, 0 <= getattr(self, field) < 1, "in [0, 1)")
@@ -192,9 +196,10 @@ class MoeConfig:
                 f"MoeConfig.expert_capacity = None: router {self.router!r} has parameters for "
                 "every slot, whatever the length; say how many slots an expert has"
             )
-        check_choice(self, "priority", placement.PRIORITIES)
+        if self.priority is not None:
+            check_choice(self, "priority", placement.PRIORITIES)
         if self.router == "no_token_left_behind":
-            only = "'choice' or 'token': the passes serve tokens in order"
+            only = "'choice', 'token' or None: the passes serve tokens in order"
             check_range(self, "priority", self.priority != "probability", only)
         if isinstance(self.group_size, str):
             check_range(self, "group_size", self.group_size == "row", "a number of tokens or 'row'")
@@ -207,15 +212,22 @@ class MoeConfig:
         return ROUTERS[self.router].top_k or self.top_k
 
     @property
-    def random(self) -> bool:
+    def draws_choices(self) -> bool:
         """Whether choices are drawn in training."""
         drawn = self.router == "gshard" and self.second_expert_policy in ("random", "sampling")
         return drawn or self.exploration == "sample"
 
     @property
     def causal(self) -> bool:
-        """Whether no token's routing looks at later tokens."""
-        return ROUTERS[self.router].causal and self.priority != "probability"
+        """Whether no token's routing, and no slot it gets, depends on later tokens.
+
+        With several choices that takes the priority "token", or room for all.
+        """
+        in_order = self.priority == "token" or (
+            self.priority != "probability" and self.num_choices == 1
+        )
+        always = self.dropless(True) and self.dropless(False)
+        return ROUTERS[self.router].causal and (in_order or always)
 
     def dropless(self, train: bool) -> bool:
         """Whether nothing can be dropped, in training or in evaluation."""
@@ -223,11 +235,15 @@ class MoeConfig:
         chosen = ROUTERS[self.router].capacity == "any"
         return chosen and factor is None and self.expert_capacity is None
 
-    def backend(self, *, train: bool, num_devices: int) -> str:
-        """What `dispatch` is: "auto" made definite."""
-        if self.dispatch != "auto":
-            return self.dispatch
-        return "grouped" if self.dropless(train) and num_devices == 1 else "gather"
+    def backend(self, *, train: bool, whole_groups: bool = True) -> str:
+        """What `dispatch` is: "auto" made definite.
+
+        Where the devices that share a batch do not have `whole_groups` each, as for a few samples
+        on many devices, nothing can be "grouped" by device.
+        """
+        if self.dispatch in ("auto", "grouped"):
+            return "grouped" if self.dropless(train) and whole_groups else "gather"
+        return self.dispatch
 
     def capacity(self, group_tokens: int, *, train: bool) -> int:
         """Slots of each expert in a group of so many tokens."""

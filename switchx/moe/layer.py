@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from switchx.errors import UserError
-from switchx.moe import balance, dispatch, placement, routing
+from switchx.moe import balance, exchange, placement, routing
 from switchx.moe.assignment import (
     Assignment,
     Choice,
-    Grouping,
+    Dropless,
     Mixture,
     RouterStats,
     Routing,
@@ -24,7 +24,7 @@ from switchx.moe.dispatch import DISPATCHERS, MIXTURE
 from switchx.moe.experts import Experts
 from switchx.moe.gate import GATES
 from switchx.moe.routing import ROUTERS
-from switchx.sharding import axes, constrain, num_devices
+from switchx.sharding import axes, batch_shards, constrain
 
 
 class MoeLayer(nn.Module):
@@ -57,34 +57,38 @@ class MoeLayer(nn.Module):
         # 1. Routing: every token chooses its experts, or every expert its tokens.
         logits_GME, routed = self._route(x_GMD, tokens, capacity)
 
-        # 2. Placement: choices get slots, up to the experts' capacity; without one, rows.
-        backend = config.backend(train=self.train, num_devices=num_devices())
+        # 2. Placement: choices get slots, up to the experts' capacity.
+        backend = config.backend(train=self.train, whole_groups=groups % batch_shards() == 0)
         placed = routed.decision
         if isinstance(placed, Choice) and backend == "grouped":
-            placed = placement.group(placed, tokens.mask, num_experts=config.num_experts)
+            asked_GMK = placed.expert_index_GMK < config.num_experts
+            placed = Dropless(asked_GMK & tokens.mask[..., None])
         elif isinstance(placed, Choice):
             placed = placement.place(
                 placed,
                 tokens.mask,
                 num_experts=config.num_experts,
                 capacity=capacity,
-                priority=config.priority,
+                priority=config.priority or "choice",
                 confidence_GM=jnp.max(routed.probs_GME, axis=-1),
                 renormalize=config.renormalize == "after_dropping",
             )
 
         # 3. Dispatch → experts. 4. Combine: outputs return to their tokens, weighted by the gates.
         experts = self._experts("expert", config.num_experts)
-        if isinstance(placed, Grouping):
-            rows_ND = experts(dispatch.grouped_dispatch(x_GMD, placed), placed.sizes_E)
-            y_GMD = dispatch.grouped_combine(rows_ND, placed)
+        if isinstance(placed, Dropless):
+            assert isinstance(routed.decision, Choice)
+            choice = routed.decision
+            if config.renormalize == "after_dropping":
+                choice = placement.renormalize(choice, placed.kept_GMK)
+            y_GMD = exchange.dropless_experts(experts, x_GMD, choice, tokens.mask)
         else:
             dispatcher = MIXTURE if isinstance(placed, Mixture) else DISPATCHERS[backend]
             slots_GECD = dispatcher.dispatch(x_GMD, placed)
             slots_GECD = _exchange(experts, slots_GECD)
             y_GMD = dispatcher.combine(slots_GECD, placed, group_tokens)
         if config.straight_through and self.train:
-            y_GMD += _straight_through(experts, x_GMD, routed, placed, tokens.mask)
+            y_GMD += _straight_through(config, experts, x_GMD, routed, placed, tokens.mask)
         if config.num_shared_experts:
             shared = self._experts("shared_expert", 1, config.num_shared_experts)
             y_GMD += shared(x_GMD.reshape(1, -1, width)).reshape(y_GMD.shape)
@@ -147,7 +151,7 @@ class MoeLayer(nn.Module):
             tokens=tokens,
             capacity=capacity,
             train=self.train,
-            rng=self.make_rng("jitter") if self.train and config.random else None,
+            rng=self.make_rng("jitter") if self.train and config.draws_choices else None,
             bias_E=bias_E,
             vocab_size=self.vocab_size,
         )
@@ -194,7 +198,12 @@ def _exchange(experts: Experts, slots_GECD: jax.Array) -> jax.Array:
 
 
 def _straight_through(
-    experts: Experts, x_GMD: jax.Array, routed: Routing, placed: Any, mask_GM: jax.Array
+    config: MoeConfig,
+    experts: Experts,
+    x_GMD: jax.Array,
+    routed: Routing,
+    placed: Any,
+    mask_GM: jax.Array,
 ) -> jax.Array:
     """Zeros whose gradient is that of the experts a token did not reach, to the router.
 
@@ -208,12 +217,14 @@ def _straight_through(
     y_END = experts(jnp.broadcast_to(x_ND, (num_experts, *x_ND.shape)))
     y_EGMD = jax.lax.stop_gradient(y_END).reshape(num_experts, groups, num_tokens, -1)
     reached_GMKE = jax.nn.one_hot(choice.expert_index_GMK, num_experts, dtype=bool)
-    reached_GME = jnp.any(reached_GMKE & placed.kept_GMK[..., None], axis=2)
+    reached_GMKE &= placed.kept_GMK[..., None]
+    reached_GME = jnp.any(reached_GMKE, axis=2)
     # What the gates of the reached ones were divided by.
-    reached_p_GMK = jnp.take_along_axis(probs_GME, choice.expert_index_GMK, axis=-1)
-    scale_GM1 = jnp.sum(choice.gate_GMK, -1, keepdims=True) / jnp.sum(
-        reached_p_GMK, -1, keepdims=True
-    )
+    if config.renormalize == "after_dropping":
+        choice = placement.renormalize(choice, placed.kept_GMK)
+    gates_GM1 = jnp.sum(choice.gate_GMK, -1, keepdims=True, where=placed.kept_GMK)
+    reached_p_GM1 = jnp.sum(probs_GME, -1, keepdims=True, where=reached_GME)
+    scale_GM1 = jnp.where(reached_p_GM1 > 0, gates_GM1 / jnp.maximum(reached_p_GM1, 1e-37), 1)
     others_GME = jnp.where(reached_GME | ~mask_GM[..., None], 0, probs_GME)
     others_GME *= jax.lax.stop_gradient(scale_GM1)
     others_GME -= jax.lax.stop_gradient(others_GME)
@@ -225,7 +236,7 @@ def _capture(
     stats: RouterStats,
     logits_GME: jax.Array | None,
     routed: Routing,
-    placed: Assignment | Grouping | Mixture,
+    placed: Assignment | Dropless | Mixture,
     rows: tuple[int, int, int],
 ) -> RouterStats:
     """Statistics with every token's routing."""

@@ -70,7 +70,7 @@ def place(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         queue_Q = _queue(confidence_M, mask_M, top_k, priority)
         asked_MK = jnp.where(mask_M[:, None], expert_index_MK, num_experts)
-        choice_EC, slot_MK = _fill(asked_MK, queue_Q, num_experts, capacity)
+        choice_EC, slot_MK = fill(asked_MK, queue_Q, num_experts, capacity)
         if renormalize:
             gate_MK = routing.normalize(jnp.where(slot_MK < num_experts * capacity, gate_MK, 0))
         gate_S1: Any = to_slots(
@@ -85,6 +85,12 @@ def place(
         choice.expert_index_GMK, choice.gate_GMK, confidence_GM, mask_GM
     )
     return Assignment(token_GEC=token_GEC, gate_GEC=gate_GEC, slot_GMK=slot_GMK)
+
+
+def renormalize(choice: Choice, kept_GMK: Bool[Array, "G M K"]) -> Choice:
+    """The same choices with gates that sum to 1 over those that are kept; 0 for the others."""
+    gate_GMK = routing.normalize(jnp.where(kept_GMK, choice.gate_GMK, 0))
+    return Choice(expert_index_GMK=choice.expert_index_GMK, gate_GMK=gate_GMK)
 
 
 def group(choice: Choice, mask_GM: Bool[Array, "G M"], *, num_experts: int) -> Grouping:
@@ -120,10 +126,12 @@ def _queue(
     return (tokens_M[None] * top_k + ranks_K[:, None]).reshape(-1)
 
 
-def _fill(
+def fill(
     asked_MK: jax.Array, queue_Q: jax.Array, num_experts: int, capacity: int
 ) -> tuple[Int[Array, "E C"], Int[Array, "M K"]]:
-    """Serve the queue: the choice in every slot (Q if empty) and the slot of every choice.
+    """Serve a queue: the choice in every slot (Q if empty) and the slot of every choice.
+
+    `asked_MK` has `num_experts` where nothing is asked; such a choice gets slot E · C.
 
     A stable sort by expert, which costs the same for any number of experts; a cumulative sum of
     one-hots costs E times as much.

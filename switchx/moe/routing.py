@@ -30,11 +30,14 @@ def _choose(
     scores_GME: jax.Array, probs_GME: jax.Array, k: int, *, renormalize: bool = False
 ) -> Choice:
     """The k experts of the largest scores, weighted by `probs_GME`; ties to the lowest index."""
-    if k == 1:
-        expert_index_GMK = jnp.argmax(scores_GME, axis=-1, keepdims=True)
-    else:
-        expert_index_GMK = jax.lax.top_k(scores_GME, k)[1]
-    expert_index_GMK = expert_index_GMK.astype(jnp.int32)
+    # Not `lax.top_k`, for which XLA gathers the scores of all devices.
+    left_GME = jax.lax.stop_gradient(scores_GME)
+    found = []
+    for _ in range(k):
+        found.append(jnp.argmax(left_GME, axis=-1, keepdims=True).astype(jnp.int32))
+        taken_GME = jax.nn.one_hot(found[-1][..., 0], left_GME.shape[-1], dtype=bool)
+        left_GME = jnp.where(taken_GME, -jnp.inf, left_GME)
+    expert_index_GMK = jnp.concatenate(found, axis=-1)
     gate_GMK = jnp.take_along_axis(probs_GME, expert_index_GMK, axis=-1)
     if renormalize:
         gate_GMK = normalize(gate_GMK)
@@ -220,7 +223,7 @@ def sentence(
         add = functools.partial(
             jax.ops.segment_sum, segment_ids=sequence_M, num_segments=sequence_M.size
         )
-        total_ME = add(logits_ME * weight_M[:, None])
+        total_ME = add(jnp.where(mask_M[:, None], logits_ME, 0))
         return (total_ME / jnp.maximum(add(weight_M), 1)[:, None])[sequence_M]
 
     return top_k(jax.vmap(pool)(logits_GME, sequence_GM, mask_GM), k, renormalize=renormalize)
@@ -320,7 +323,8 @@ def balanced_assignment(
     def unfinished(state: tuple[jax.Array, ...]) -> jax.Array:
         expert_M, _, _, rounds = state
         # Never reached by an auction that ends; without an end a step would not return.
-        return jnp.any(mask_M & (expert_M == num_experts)) & (rounds < 100 * num_tokens)
+        going_on = jnp.any(mask_M & (expert_M == num_experts)) & (rounds < 100 * num_tokens)
+        return going_on & jnp.isfinite(epsilon)  # of scores that are nan there is no best
 
     def auction(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         expert_M, bid_M, price_E, rounds = state
@@ -362,7 +366,9 @@ def expert_choice(logits_GME: Logits, mask_GM: Mask, capacity: int) -> Routing:
     num_tokens = logits_GME.shape[1]
     probs_GME = jax.nn.softmax(logits_GME)
     wanted_GEM = jnp.where(mask_GM[..., None], probs_GME, -1).swapaxes(1, 2)
-    _, token_GEC = jax.lax.top_k(jax.lax.stop_gradient(wanted_GEM), capacity)
+    # Not `lax.top_k`, for which XLA gathers the groups of all devices.
+    order_GEM = jnp.argsort(jax.lax.stop_gradient(wanted_GEM), descending=True, stable=True)
+    token_GEC = order_GEM[..., :capacity]
     gate_GEC = jnp.take_along_axis(wanted_GEM, token_GEC, axis=-1)
     empty_GEC = gate_GEC < 0
     assignment = Assignment(

@@ -221,7 +221,7 @@ class TestCausality:
     def test_no_slot_is_lost_to_a_later_token(self, router, random_params):
         # What a gradient cannot see: a token that takes another's slot.
         top_k = {} if "top_k" not in ROUTERS[router].fields else {"top_k": 2}
-        moe = dataclasses.replace(TIGHT, router=router, priority="token", **top_k)
+        moe = dataclasses.replace(TIGHT, router=router, **top_k)
         model = T5(dataclasses.replace(DENSE, moe=moe, sparse_every=1))
         tasks = {"encoder_task_ids": ONE, "decoder_task_ids": ONE}
         params = random_params(model, ONE, ONE, **tasks)

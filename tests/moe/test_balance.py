@@ -217,6 +217,19 @@ def test_nothing_but_padding_is_zero_with_zero_gradients():
     np.testing.assert_array_equal(gradient_GME, np.zeros(logits_GME.shape))
 
 
+def test_a_group_of_padding_has_no_importance_and_no_gradient_in_a_mixture():
+    logits_GMS = random_example()[0]
+    mask_GM = jnp.ones((3, 11), bool).at[1].set(False)
+
+    def importance(logits_GMS):
+        routed = routing.soft_moe(logits_GMS, mask_GM, num_experts=logits_GMS.shape[-1])
+        return router_stats(logits_GMS, routed, routed.decision, mask_GM).importance_loss
+
+    gradient_GMS = np.asarray(jax.grad(importance)(logits_GMS))
+    assert np.all(np.isfinite(gradient_GMS)) and np.any(gradient_GMS[0] != 0)
+    np.testing.assert_array_equal(gradient_GMS[1], 0)
+
+
 def test_all_choices_of_k_experts_count_k_at_uniform():
     logits_GME = jnp.zeros((2, 10, 5))
     everyone = jnp.ones((2, 10), bool)

@@ -94,8 +94,12 @@ class TestMoeConfig:
             ({"router": "soft_moe"}, "expert_capacity = None: router 'soft_moe' has parameters"),
             ({"priority": "first"}, "priority = 'first' is unknown"),
             (
+                {"router": "gshard", "second_expert_policy": "threshold"},
+                "second_expert_threshold = 0.5: should be below 0.5, which no second gate exceeds",
+            ),
+            (
                 {"router": "no_token_left_behind", "priority": "probability"},
-                "priority = 'probability': should be 'choice' or 'token'",
+                "priority = 'probability': should be 'choice', 'token' or None",
             ),
             ({"dispatch": "grouped"}, "dispatch = 'grouped' has no slots: set capacity_factor"),
             ({"importance_weight": -1.0}, "importance_weight = -1.0: should be 0 or more"),

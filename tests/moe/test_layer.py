@@ -338,8 +338,12 @@ class TestInvariance:
 
 GROUPED = {
     "switch": {},
-    "top_k": {"top_k": 3, "renormalize": "before_dropping"},
-    "gshard": {"second_expert_policy": "threshold"},
+    "top_k": {"top_k": 3, "renormalize": "after_dropping"},
+    "gshard": {
+        "second_expert_policy": "threshold",
+        "second_expert_threshold": 0.4,
+        "renormalize": "after_dropping",
+    },
     "loss_free": {"top_k": 2},
     "cosine": {"top_k": 2},
 }
@@ -502,8 +506,8 @@ class TestParameters:
         }
         assert logical_axes(boxed) == {
             "router": {"kernel": P("embed", "experts"), "bias": P("experts")},
-            "expert": {"wo": P("expert", "mlp", "embed")}
-            | {name: P("expert", "embed", "mlp") for name in names},
+            "expert": {"wo": P("expert", "mlp", "expert_embed")}
+            | {name: P("expert", "expert_embed", "mlp") for name in names},
         }
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(boxed))
 

@@ -131,7 +131,7 @@ def decide(config, layer, *, capacity, mask=None):
         as_group(layer["mask"] if mask is None else mask),
         router=config.router,
         options=tuple(options.items()),
-        slots=(("capacity", capacity), ("priority", config.priority)),
+        slots=(("capacity", capacity), ("priority", config.priority or "choice")),
         after=config.renormalize == "after_dropping",
     )
 

@@ -1,5 +1,6 @@
 """Routing schemes: hand-worked cases, loops from the papers' equations, and what must hold."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -915,7 +916,7 @@ def test_layers_take_padding_and_other_groups_for_nothing(name, train):
     other_BTD, _ = apply(layer, params, *replaced(x_BTD, tokens, padding_BT))
     np.testing.assert_allclose(other_BTD, y_BTD, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(y_BTD[padding_BT], 0)
-    if not layer.config.random:
+    if not layer.config.draws_choices:
         turned = jax.tree.map(lambda leaf: leaf[::-1], (x_BTD, tokens))
         other_BTD, _ = apply(layer, params, *turned)
         np.testing.assert_allclose(other_BTD[::-1], y_BTD, rtol=1e-5, atol=1e-6)
@@ -967,7 +968,8 @@ def test_other_schemes_look_at_later_tokens(name):
 def test_a_decoder_takes_causal_schemes_only(name):
     moe = MoeConfig(num_experts=E, router=name, **CONFIGS[name])
     if name in CAUSAL:
-        assert ModelConfig(moe=moe).stack_moe["decoder"] == moe
+        several = {"priority": "token"} if moe.num_choices > 1 else {}
+        assert ModelConfig(moe=moe).stack_moe["decoder"] == dataclasses.replace(moe, **several)
         return
     with pytest.raises(UserError, match=f"moe: router = '{name}'.*set decoder_moe"):
         ModelConfig(moe=moe)
