@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from switchx import sharding
 from switchx.experiment import Experiment
+from switchx.models.stacking import segments
 from switchx.moe.config import MoeConfig, group_shape
 from switchx.research.collectives import Collective
 from switchx.training.memory import Memory
@@ -205,20 +206,24 @@ def _gradients(step: Step, params: Any) -> Iterable[Exchange]:
         yield _exchange(step, "gradients", axes, "all-reduce", count, num_bytes)
     heads = model.num_heads // step.mesh.shape["model"]
     for _, sparse, length, _ in step.stacks():
-        # The position bias is one array for all layers, and every layer sums its gradient.
+        # The position bias is one array for all layers. Every layer sums its gradient, but where
+        # a scan repeats a single one the sum waits for the end of the scan.
+        units = segments(sparse) if model.scan_layers else []
+        waiting = sum(unit.repeats - 1 for unit in units if len(unit.pattern) == 1)
         num_bytes = heads * length * length * step.size
-        count = pieces * len(sparse)
+        count = pieces * (len(sparse) - waiting)
         yield _exchange(step, "gradients", sharding.BATCH_AXES, "all-reduce", count, num_bytes)
 
 
 def _weights(step: Step, params: Any) -> Iterable[Exchange]:
-    """Parameters that `fsdp` shares out are gathered wherever they are used."""
-    pieces = step.experiment.num_microbatches
+    """Parameters that `fsdp` shares out are gathered in each pass; unrolled ones are kept."""
+    model, pieces = step.experiment.model, step.experiment.num_microbatches
+    again = model.scan_layers or model.remat != "none"
     for path, leaf in jax.tree.leaves_with_path(params):
         if "fsdp" in _axes(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             whole = _shard(leaf) * _wire(step, name) * step.mesh.shape["fsdp"]
-            count = pieces * (step.matmuls - 1)
+            count = pieces * (1 + again)
             yield _exchange(step, "weights", ["fsdp"], "all-gather", count, whole)
 
 
@@ -227,23 +232,25 @@ def _split_layers(step: Step) -> Iterable[Exchange]:
     model, pieces = step.experiment.model, step.experiment.num_microbatches
     purpose, kind, axes = "layers split by model", "all-reduce", ["model"]
 
-    def sums(count: float, rows: float, size: int = step.size) -> Exchange:
-        return _exchange(step, purpose, axes, kind, pieces * count, rows * model.d_model * size)
+    def sums(count: float, rows: float) -> Exchange:
+        num_bytes = rows * model.d_model * step.size
+        return _exchange(step, purpose, axes, kind, pieces * count, num_bytes)
 
     again = model.remat != "none"
     for stack, sparse, length, cross in step.stacks():
         tokens = step.rows * length
-        attentions = 1 + bool(cross)
-        yield sums((2 + again) * attentions * len(sparse), tokens)
-        if cross:  # the gradient of what is attended to
-            yield sums(len(sparse), step.rows * cross)
+        # Outputs, the same again, and inputs: the gradients of a sub-layer's products are one sum.
+        yield sums((2 + again) * (1 + bool(cross)) * len(sparse), tokens)
+        if cross:  # what is attended to: summed over the layers of a block
+            blocks = sum(unit.repeats for unit in segments(sparse)) if model.scan_layers else 1
+            yield sums(blocks, step.rows * cross)
         dense = sum(not each or model.extra_mlp for each in sparse)
         yield sums((2 + again) * dense, tokens)
         if any(sparse):
             moe = model.stack_moe[stack]
             yield sums((2 + again) * sum(sparse), step.slots(moe, length))
-        yield sums(1, tokens, 4)  # rows of the embedding
-    yield sums(1, step.rows * step.experiment.lengths[1], 4)  # the output head's input
+        yield sums(1, tokens)  # rows of the embedding
+    yield sums(1, step.rows * step.experiment.lengths[1])  # the output head's input
 
 
 def _axes(leaf: Any) -> set[str]:

@@ -67,7 +67,8 @@ def seconds(value: float) -> str:
 
 def mesh(shape: Mapping[str, int]) -> str:
     """A mesh in words."""
-    return " x ".join(f"{size} {axis}" for axis, size in shape.items())
+    split = [f"{size} {axis}" for axis, size in shape.items() if size > 1]
+    return " x ".join(split) or "one device"
 
 
 def _facts(plan: "Plan") -> list[tuple[str, str]]:

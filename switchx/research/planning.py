@@ -203,7 +203,7 @@ class Planner:
                     raise
                 peak, sent = _needed(str(error)), []
             else:
-                peak = _peak(compiled)
+                peak = _peak(compiled, topology.accelerator.platform)
                 sent = [
                     Exchange("", (), each) for each in collectives(compiled.as_text())
                 ]
@@ -491,11 +491,11 @@ def _short(shape: Mapping[str, int]) -> dict[str, int]:
     return {axis: size for axis, size in shape.items() if size > 1} or {"data": 1}
 
 
-def _peak(compiled: Any) -> int:
-    """Bytes at the worst moment of a compiled program, arguments included."""
+def _peak(compiled: Any, platform: str) -> int:
+    """Bytes that a compiled program needs, arguments included."""
     found = compiled.memory_analysis()
-    if peak := getattr(found, "peak_memory_in_bytes", 0):
-        return peak
+    if platform == "tpu":  # what libtpu compares with the memory there is
+        return found.peak_memory_in_bytes
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     return found.argument_size_in_bytes + found.temp_size_in_bytes + results
 
