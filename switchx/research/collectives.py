@@ -1,4 +1,4 @@
-"""Collective operations of a compiled program, read from its HLO text: kind, group, count, bytes."""
+"""Collective operations of a compiled program, read from its HLO text."""
 
 import math
 import re
@@ -93,7 +93,7 @@ def _calls(
     rest = instruction.rest
     if instruction.opcode == "while":
         names = dict(re.findall(r"\b(condition|body)=%?([\w.\-]+)", rest))
-        known = re.search(r'known_trip_count[^\d]*(\d+)', rest)
+        known = re.search(r"known_trip_count[^\d]*(\d+)", rest)
         times = int(known[1]) if known else _trips(names["condition"], computations)
         yield names["body"], times
         return
@@ -118,11 +118,12 @@ def _collective(instruction: _Instruction, num_devices: int) -> Collective | Non
     kind = instruction.opcode.removesuffix("-start")
     if kind not in KINDS:
         return None
-    sizes = [_num_bytes(*shape) for shape in re.findall(r"([a-z]\w*)\[([\d,]*)\]", instruction.shape)]
-    if instruction.opcode == "all-gather-start":  # operands, then results
-        sizes = sizes[len(sizes) // 2 :]
-    elif instruction.opcode == "collective-permute-start":  # operand, result, and tokens
-        sizes = sizes[1:2]
+    shapes = re.findall(r"([a-z]\w*)\[([\d,]*)\]", instruction.shape)
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # Operands, then results; what a backend notes for itself are scalars behind them.
+        shapes = [shape for shape in shapes if shape != ("u32", "")]
+        shapes = shapes[len(shapes) // 2 :]
+    sizes = [_num_bytes(*shape) for shape in shapes]
     devices = _group(instruction.rest, num_devices)
     num_bytes = sum(sizes) * (len(devices) if kind == "reduce-scatter" else 1)
     span = max(devices) - min(devices) + 1
@@ -144,7 +145,9 @@ def _group(rest: str, num_devices: int) -> list[int]:
         return list(map(int, listed[1].split(",")))
     iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
     if iota:
-        shape, order, axes = (each and tuple(map(int, each.split(","))) for each in iota.groups())
+        shape, order, axes = (
+            tuple(map(int, numbers.split(","))) if numbers else () for numbers in iota.groups()
+        )
         devices = np.arange(math.prod(order)).reshape(order)
         return devices.transpose(axes or range(len(order))).reshape(shape)[0].tolist()
     if mesh := re.search(r"replica_groups=mesh\[(.*?)\] ?\{(.*?)\}", rest):

@@ -228,7 +228,7 @@ def _weights(step: Step, params: Any) -> Iterable[Exchange]:
 
 
 def _split_layers(step: Step) -> Iterable[Exchange]:
-    """Products whose inner dimension `model` splits are summed: outputs, and gradients of inputs."""
+    """Products whose inner dimension `model` splits are summed: outputs, inputs' gradients."""
     model, pieces = step.experiment.model, step.experiment.num_microbatches
     purpose, kind, axes = "layers split by model", "all-reduce", ["model"]
 

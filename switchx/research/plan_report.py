@@ -13,6 +13,8 @@ def text(plans: Sequence["Plan"], refused: Sequence[str] = ()) -> str:
     lines = [_line(label, value) for label, value in _facts(plans[0])]
     if len(plans) > 1:
         lines += ["", "meshes, best first", *_table(_ranking(plans))]
+        for plan in plans[1:]:
+            lines += [f"not split by {mesh(plan.mesh)}: {rule}" for rule in _dropped(plan)]
     lines += [f"impossible: {reason}" for reason in refused]
     return "\n".join(lines)
 
@@ -101,8 +103,19 @@ def _facts(plan: "Plan") -> list[tuple[str, str]]:
         ("batch", _batch(plan)),
     ]
     if plan.dropped:
-        facts.append(("not split", "\n".join(plan.dropped)))
+        facts.append(("not split", "\n".join(_dropped(plan))))
     return facts
+
+
+def _dropped(plan: "Plan") -> Iterable[str]:
+    """Each rule that had to be dropped, and for which parameters."""
+    parameters: dict[str, list[str]] = {}
+    for each in plan.dropped:
+        parameter, rule = each.split(": ", 1)
+        parameters.setdefault(rule, []).append(parameter.removeprefix("params/"))
+    for rule, names in parameters.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield f"{rule}, in {', '.join(names[:3])}{more}"
 
 
 def _batch(plan: "Plan") -> str:

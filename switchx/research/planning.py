@@ -1,4 +1,4 @@
-"""Whether a training step fits a machine that may not be there, what it sends, and how long it takes.
+"""Whether a training step fits a machine that may not be there, what it sends, how long it takes.
 
 Two engines give the same `Plan`. "analytic" is formulas (`switchx.training.memory`,
 `switchx.research.costs`) and takes seconds. "exact" compiles the very step that training would run
@@ -15,14 +15,14 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from switchx import configuration, sharding
-from switchx.errors import UserError, check_choice
+from switchx.errors import UserError
 from switchx.experiment import Experiment, check_fits, plan_state
 from switchx.models.t5 import T5
 from switchx.moe.config import group_shape
@@ -204,9 +204,7 @@ class Planner:
                 peak, sent = _needed(str(error)), []
             else:
                 peak = _peak(compiled, topology.accelerator.platform)
-                sent = [
-                    Exchange("", (), each) for each in collectives(compiled.as_text())
-                ]
+                sent = [Exchange("", (), each) for each in collectives(compiled.as_text())]
         step = Step.of(experiment, mesh)
         plan = self._plan("exact", topology, step, state.abstract, sent, state.dropped)
         rows = self._largest_batch(mesh, state.abstract, plan.available)
@@ -225,9 +223,8 @@ class Planner:
             found.append(f"BATCH_SIZE = {plan.largest_batch:,} or less")
         if best := self._best(topology):
             found.append(f"MESH = {_short(best.mesh)} ({plan_report.gib(best.peak)})")
-        name = topology.name.partition(":")[0]
-        accelerators = dict(topologies.ACCELERATORS)
-        for name in dict.fromkeys([*([name] if name in accelerators else []), *accelerators]):
+        asked, accelerators = topology.name.partition(":")[0], topologies.ACCELERATORS
+        for name in sorted(accelerators, key=lambda name: name != asked):  # the asked-for first
             for size in SIZES[accelerators[name].torus]:
                 larger = topologies.parse(f"{name}:{size}")
                 best = self._best(larger)
@@ -479,7 +476,7 @@ def _whole_groups(experiment: Experiment, shards: int) -> bool:
     rows, pieces = experiment.data.batch_size, experiment.num_microbatches * shards
     if rows % pieces:
         return False
-    lengths = dict(zip(("encoder", "decoder"), experiment.lengths, strict=True))
+    lengths: dict[str, int] = dict(zip(("encoder", "decoder"), experiment.lengths, strict=True))
     return all(
         group_shape(rows // pieces, lengths[stack], moe.group_size)[1]
         == group_shape(rows, lengths[stack], moe.group_size)[1]

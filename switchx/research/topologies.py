@@ -75,9 +75,7 @@ def _tpu(
     pod: tuple[int, ...],
 ) -> Accelerator:
     links = 2 * len(pod) * link
-    return Accelerator(
-        "tpu", kind, memory, flops, flops, bandwidth, links, torus=len(pod), pod=pod
-    )
+    return Accelerator("tpu", kind, memory, flops, flops, bandwidth, links, torus=len(pod), pod=pod)
 
 
 def _gpu(kind: str, network: float, between: float, cuda: CudaChip, **figures: Any) -> Accelerator:
@@ -237,7 +235,7 @@ def parse(text: str) -> Topology:
         example = {"v4": "v4:4x4x4", "v5p": "v5p:8x8x8"}.get(name, f"{name}:4x8")
         example = "cpu:8" if name == "cpu" else example
         raise UserError(f"--topology={text}: give a shape, as in {example}")
-    shape = tuple(map(int, shape_text.split("x")))
+    shape = list(map(int, shape_text.split("x")))
     if name == "cpu":
         if len(shape) > 1:
             raise UserError(f"--topology={text}: CPU devices have one number, as in cpu:8")
@@ -257,7 +255,7 @@ def parse(text: str) -> Topology:
             f"--topology={text}: give GPUs of one node, or nodes x GPUs with at most "
             f"{accelerator.node} in a node, as in {name}:4x8"
         )
-    return Topology(text, accelerator, shape if len(shape) > 1 else (1, *shape))
+    return Topology(text, accelerator, tuple(shape if len(shape) > 1 else [1, *shape]))
 
 
 def _local(devices: Sequence[Any], text: str) -> Topology:
@@ -332,7 +330,7 @@ def _tpus(topology: Topology) -> Sequence[Any]:
     options: dict[str, Any] = {}
     if topology.accelerator.kind == "TPU v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as jax has it
-    return _described_by_compiler(topology, "tpu", topology.name, **options)
+    return _ask(topology, "tpu", **options)
 
 
 def _gpus(topology: Topology) -> Sequence[Any]:
@@ -348,26 +346,25 @@ def _gpus(topology: Topology) -> Sequence[Any]:
     if "xla_gpu_autotune_level" not in flags:  # there is nothing to try kernels on
         os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_autotune_level=0"
     nodes, count = topology.shape
-    return _described_by_compiler(
+    return _ask(
         topology,
         "cuda",
-        topology.name,
         topology=f"1x{nodes}x{count}",
         target_config=_target_config(topology.accelerator),
     )
 
 
-def _described_by_compiler(topology: Topology, *arguments: Any, **options: Any) -> Sequence[Any]:
-    platform, name = arguments
+def _ask(asked: Topology, platform: str, **options: Any) -> Sequence[Any]:
+    """Devices as the compiler of a platform describes them."""
     try:
-        found = topologies.get_topology_desc(platform=platform, topology_name=name, **options)
+        found = topologies.get_topology_desc(asked.name, platform, **options)
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"--topology={topology.name}: the compiler refuses it: {reason}") from None
-    if len(found.devices) != topology.num_devices:
+        raise UserError(f"--topology={asked.name}: the compiler refuses it: {reason}") from None
+    if len(found.devices) != asked.num_devices:
         raise UserError(
-            f"--topology={topology.name}: the compiler sees {len(found.devices)} devices, not "
-            f"{topology.num_devices}; take --engine=analytic"
+            f"--topology={asked.name}: the compiler sees {len(found.devices)} devices, not "
+            f"{asked.num_devices}; take --engine=analytic"
         )
     return found.devices
 

@@ -90,7 +90,7 @@ def estimate(
         heads = config.num_heads // model_devices
         scores = max(scores, 2 * rows * heads * length * queries * 4)
     largest = max(units, key=sum)
-    logits = 3 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
+    logits = 2 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
     weights = _bytes_per_device(state.params)
     return Memory(
         weights=weights,
@@ -156,9 +156,7 @@ def _layer(
     if not sparse:
         return _Bytes((elements + dense) * size, 0)
     moe = config.stack_moe[stack]
-    inside = hidden(
-        moe.expert_activations or config.activations, moe.expert_d_ff or config.d_ff
-    )
+    inside = hidden(moe.expert_activations or config.activations, moe.expert_d_ff or config.d_ff)
     elements += tokens * moe.num_shared_experts * inside + dense * config.extra_mlp
     if remat == "dots":  # the experts' matmuls have a batch dimension
         return _Bytes(elements * size, 0)

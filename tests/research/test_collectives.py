@@ -1,4 +1,5 @@
 """The parser on HLO as each compiler writes it, cut down to what matters."""
+# ruff: noqa: E501 - lines of HLO are long
 
 from switchx.research.collectives import Collective, collectives, merge
 
@@ -39,8 +40,9 @@ ENTRY %main (a: f32[4,16]) -> f32[] {
 }
 """
 
-# The TPU compiler leaves the count in the condition, and writes layouts with tiles.
-TPU = """
+# The TPU compiler leaves the count in the condition, and writes layouts with tiles; what has been
+# started ends elsewhere.
+ACCELERATORS = """
 HloModule jit_step, num_partitions=8
 
 %region.body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -67,6 +69,8 @@ ENTRY %main (a: bf16[4,8]) -> bf16[4,8] {
   %d = f32[24]{0} async-done(%s), calls=%async
   %gs = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%z), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
   %gd = bf16[8,8]{1,0} all-gather-done(%gs)
+  %as = ((bf16[3,8]{1,0}), bf16[3,8]{1,0}) all-to-all-start(%z), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}
+  %rs = f32[9]{0} all-reduce-start(%z), replica_groups={{0,2},{1,3}}
   ROOT %p = (f32[5]{0}, f32[5]{0}, u32[], u32[]) collective-permute-start(%q), source_target_pairs={{0,1},{1,2},{2,0}}
 }
 """
@@ -83,11 +87,13 @@ def test_loops_multiply_what_is_in_them():
     assert len(found) == len(collectives(CPU))
 
 
-def test_the_tpu_compilers_notation():
-    assert collectives(TPU) == [
+def test_notations_of_tpu_and_gpu():
+    assert collectives(ACCELERATORS) == [
         Collective("all-to-all", 4, 4, 12, 12 * 4 * 8 * 2),
         Collective("all-gather", 4, 4, 1, 8 * 8 * 2),
         Collective("all-gather", 8, 8, 1, 24 * 4),
+        Collective("all-to-all", 2, 5, 1, 3 * 8 * 2),
+        Collective("all-reduce", 2, 3, 1, 9 * 4),
         Collective("collective-permute", 2, 3, 1, 5 * 4),
     ]
 
@@ -98,4 +104,9 @@ def test_equal_groups_are_added_up():
 
 
 def test_a_program_without_exchanges():
-    assert collectives("HloModule x\n\nENTRY %main (a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n") == []
+    assert (
+        collectives(
+            "HloModule x\n\nENTRY %main (a: f32[]) -> f32[] {\n  ROOT %a = f32[] parameter(0)\n}\n"
+        )
+        == []
+    )

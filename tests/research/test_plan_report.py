@@ -2,8 +2,8 @@ import dataclasses
 import html.parser
 
 from switchx.research import plan_report
-from tests.research.test_planning import PLANNER
 from switchx.research.topologies import parse
+from tests.research.test_planning import PLANNER
 
 PLANS = [
     PLANNER.analytic(parse("v5e:2x4"), shape)
@@ -20,16 +20,28 @@ def test_a_screen_of_text():
         assert kind in text
     assert "all-reduce" in text and "over data of 8: gradients" in text
     # All meshes have a line in the ranking.
-    assert [line.split("  ")[0] for line in lines[-4:-1]] == ["8 data", "2 data x 4 expert", "8 fsdp"]
+    assert [line.split("  ")[0] for line in lines[-4:-1]] == [
+        "8 data",
+        "2 data x 4 expert",
+        "8 fsdp",
+    ]
     assert lines[-1] == "impossible: MESH = {'data': 3} does not fill"
     assert all(line == line.rstrip() for line in lines)
 
 
 def test_what_is_missing_is_loud():
-    plan = PLANNER.analytic(parse("v5e:2x4"), {"data": 8})
-    short = dataclasses.replace(plan, peak=3 * 2**30, available=2**30, largest_batch=0)
+    short = dataclasses.replace(PLANS[0], peak=3 * 2**30, available=2**30, largest_batch=0)
     text = plan_report.text([short])
     assert "2.00 GiB MISSING" in text and "not one row on every device fits" in text
+
+
+def test_dropped_rules_are_shown_once_for_all_their_parameters():
+    rule = "embed = 20 does not divide by fsdp = 8"
+    names = [f"params/{name}: {rule}" for name in "abcde"] + ["params/f: other"]
+    plan = dataclasses.replace(PLANS[0], dropped=names)
+    shown = f"not split    {rule}, in a, b, c and 2 more\n             other, in f"
+    assert shown in plan_report.text([plan])
+    assert f"not split by 8 data: {rule}, in a" in plan_report.text([PLANS[1], plan])
 
 
 def test_a_page():
