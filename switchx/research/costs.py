@@ -216,14 +216,14 @@ def _gradients(step: Step, params: Any) -> Iterable[Exchange]:
 
 
 def _weights(step: Step, params: Any) -> Iterable[Exchange]:
-    """Parameters that `fsdp` shares out are gathered in each pass; unrolled ones are kept."""
+    """Parameters that `fsdp` shares out are gathered for a pass, and kept only if unrolled."""
     model, pieces = step.experiment.model, step.experiment.num_microbatches
     again = model.scan_layers or model.remat != "none"
     for path, leaf in jax.tree.leaves_with_path(params):
         if "fsdp" in _axes(leaf):
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             whole = _shard(leaf) * _wire(step, name) * step.mesh.shape["fsdp"]
-            count = pieces * (1 + again)
+            count = pieces * (1 + (again and "layers_" in name))
             yield _exchange(step, "weights", ["fsdp"], "all-gather", count, whole)
 
 

@@ -38,6 +38,8 @@ from switchx.training.state import StateShapes, TrainState, describe_state, lay_
 
 ENGINES = ("analytic", "exact")
 CALIBRATED = ("gin_configs/switch_tiny.gin", "gin_configs/bench/A.gin")
+# What is recommended leaves room for the formulas' error.
+MARGIN = 1.15
 # Slices and nodes that can be had, by the dimensions of their network; the smallest first.
 SIZES = {
     0: ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8", "32x8", "64x8", "128x8"),
@@ -194,6 +196,7 @@ class Planner:
         experiment = self.experiment
         mesh = sharding.make_mesh(shape, topology.devices())
         check_fits(experiment, mesh)
+        step = Step.of(experiment, mesh)
         with sharding.use(mesh, experiment.rules):
             state = plan_state(experiment, mesh)
             try:
@@ -201,11 +204,11 @@ class Planner:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                peak, sent = _needed(str(error)), []
+                # There is no program to read exchanges from.
+                peak, sent = _needed(str(error)), exchanges(step, state.abstract.params)
             else:
                 peak = _peak(compiled, topology.accelerator.platform)
                 sent = [Exchange("", (), each) for each in collectives(compiled.as_text())]
-        step = Step.of(experiment, mesh)
         plan = self._plan("exact", topology, step, state.abstract, sent, state.dropped)
         rows = self._largest_batch(mesh, state.abstract, plan.available)
         return dataclasses.replace(plan, peak=peak, largest_batch=rows)
@@ -219,9 +222,10 @@ class Planner:
             with contextlib.suppress(UserError):
                 if again.analytic(topology, plan.mesh, largest_batch=False).fits:
                     found.append("ModelConfig.remat = 'full'")
-        if plan.largest_batch:
+        if 0 < plan.largest_batch < plan.rows:
             found.append(f"BATCH_SIZE = {plan.largest_batch:,} or less")
-        if best := self._best(topology):
+        best = self._best(topology)
+        if best and best.mesh != plan.mesh:
             found.append(f"MESH = {_short(best.mesh)} ({plan_report.gib(best.peak)})")
         asked, accelerators = topology.name.partition(":")[0], topologies.ACCELERATORS
         for name in sorted(accelerators, key=lambda name: name != asked):  # the asked-for first
@@ -313,7 +317,7 @@ class Planner:
         return rows
 
     def _best(self, topology: Topology) -> Plan | None:
-        """The fastest mesh on which the experiment fits."""
+        """The fastest mesh on which the experiment fits with room to spare."""
         found = None
         least = 2 * 4 * self.experiment.model.num_params  # parameters and gradients
         if least > topology.num_devices * topology.accelerator.memory:
@@ -321,7 +325,8 @@ class Planner:
         for shape in _meshes(self.experiment, topology.num_devices):
             with contextlib.suppress(UserError):
                 plan = self.analytic(topology, shape, largest_batch=False)
-                if plan.fits and (found is None or plan.seconds < found.seconds):
+                roomy = MARGIN * plan.peak <= plan.available
+                if roomy and (found is None or plan.seconds < found.seconds):
                     found = plan
         return found
 

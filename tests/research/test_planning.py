@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from switchx import configuration
@@ -117,6 +118,18 @@ def test_the_compilers_refusal_says_how_much_it_needs():
     assert planning._needed(message) == round(57.4 * 2**30)
     with pytest.raises(UserError, match="no room: RESOURCE_EXHAUSTED: why"):
         planning._needed("RESOURCE_EXHAUSTED: why")
+
+
+def test_a_step_that_the_compiler_refuses_is_planned_all_the_same(monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: the total memory (2.50G) exceeds available HBM (1.00G)."
+        )
+
+    monkeypatch.setattr(planning, "compile_step", refuse)
+    plan = PLANNER.exact(Topology("cpu:2", CPU, (1, 2)), {"expert": 2})
+    assert plan.peak == 2.5 * 2**30 and not plan.fits
+    assert total(plan, "all-to-all") > 0
 
 
 @pytest.mark.parametrize("text", ["{'data': 2", "8", "{1: 2}", "data=2"])
