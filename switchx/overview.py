@@ -32,6 +32,7 @@ def overview(
         rows=experiment.data.batch_size // experiment.num_microbatches // shards,
         encoder_length=encoder_length,
         decoder_length=decoder_length,
+        model_devices=mesh.shape["model"],
     )
     have = memory.available()
     devices = jax.devices()
@@ -60,8 +61,8 @@ def overview(
         f"compute      {experiment.train_flops:.3g} model FLOPs a step, "
         f"{model.dtype} activations, {experiment.train_steps} steps",
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
-        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, "
-        f"activations {_gib(need.activations)}{warning}",
+        f"{_gib(need.state)}, gradients {_gib(need.gradients)}, then activations "
+        f"{_gib(need.activations + need.dispatch)} or update {_gib(need.update)}{warning}",
         f"devices      {len(devices)} x {devices[0].device_kind}{layout}",
         *_whole(dropped),
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",

@@ -173,6 +173,8 @@ class Device:
         ("switch_base_c4", 32, []),
         ("switch_base_c4", 64, ["MoeConfig.group_size=4096"]),
         ("switch_base_c4", 128, ["MoeConfig.group_size=2048"]),
+        ("switch_xxl", 512, []),
+        ("switch_c", 512, []),
     ],
 )
 def test_configurations_fit_the_devices_they_name(entry, devices, bindings):

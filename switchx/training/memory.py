@@ -2,39 +2,67 @@
 
 import contextlib
 import ctypes
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import psutil
 
 from switchx.errors import UserError
 from switchx.models.config import ModelConfig
+from switchx.models.stacking import segments
 from switchx.moe.config import group_shape
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one device, by what they are.
 
-    state: int
+    Attributes:
+      weights: the parameters.
+      optimizer: its state, the step and the random key.
+      gradients: in float32, all of them at once: an update waits until they are known to be finite.
+      activations: the most that the backward pass keeps at one time, the exchange left out.
+      dispatch: of the same moment, tokens in the slots of experts and what is computed there.
+      update: temporaries of the optimizer, when the activations are gone.
+    """
+
+    weights: int
+    optimizer: int
     gradients: int
-    update: int
     activations: int
+    dispatch: int
+    update: int
+
+    @property
+    def state(self) -> int:
+        """What stays between steps."""
+        return self.weights + self.optimizer
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(self)
+        """The most at one time: with activations, or with the update's temporaries."""
+        later = max(self.activations + self.dispatch, self.update)
+        return self.state + self.gradients + later
 
 
 def estimate(
-    config: ModelConfig, state: Any, *, rows: int, encoder_length: int, decoder_length: int
+    config: ModelConfig,
+    state: Any,
+    *,
+    rows: int,
+    encoder_length: int,
+    decoder_length: int,
+    model_devices: int = 1,
 ) -> Memory:
     """Estimate of a training step on one device.
 
     State and gradients are exact (gradients are as large as the parameters, in float32). The
-    update needs two temporaries of the largest parameter: before and after clipping.
-    Activations count what the backward pass keeps of every layer, or with `remat` of every
-    layer's input and of one whole layer, plus one chunk of logits and its gradient.
+    update needs two temporaries of the largest parameter. Activations are what the backward pass
+    finds of all layers, or with `remat` what is saved of every unit (a block of a scan, or a
+    layer) and all of the largest, which is computed again; then what one attention needs in
+    float32, and one chunk of logits with its gradient.
 
     Args:
       config: of the model.
@@ -42,52 +70,100 @@ def estimate(
       rows: rows of a microbatch on this device.
       encoder_length: tokens of an encoder row.
       decoder_length: tokens of a decoder row.
+      model_devices: devices of mesh axis `model`, which share heads and hidden units.
     """
-    size = 2 if config.dtype == "bfloat16" else 4
-    width, inner = config.d_model, config.num_heads * config.head_dim
-
-    def hidden(branches: int, d_ff: int) -> int:
-        return (2 * branches + (branches > 1)) * d_ff
-
-    def feed_forward(stack: str, length: int, sparse: bool) -> int:
-        dense = rows * length * hidden(len(config.activations), config.d_ff) * size
-        if not sparse:
-            return dense
-        moe = config.stack_moe[stack]
-        inner = hidden(
-            len(moe.expert_activations or config.activations), moe.expert_d_ff or config.d_ff
-        )
-        groups, group_tokens = group_shape(rows, length, moe.group_size)
-        slots = groups * moe.num_experts * moe.capacity(group_tokens, train=True)
-        shared = rows * length * moe.num_shared_experts * inner
-        router = rows * length * moe.num_experts * 4 * 4
-        experts = (slots * (2 * width + inner) + shared) * size
-        return experts + router + dense * config.extra_mlp
-
-    def attention(queries: int, keys: int) -> int:
-        projections = rows * (2 * queries + 2 * keys) * inner * size
-        return projections + 3 * rows * config.num_heads * queries * keys * 4
-
-    def stack(name: str, length: int, sparse: tuple[bool, ...], cross: int) -> int:
-        norms = (2 + bool(cross)) * 2 * rows * length * width * size
-        attend = attention(length, length) + (attention(length, cross) if cross else 0)
-        layers = [norms + attend + feed_forward(name, length, each) for each in sparse]
-        if config.remat == "full":
-            return len(sparse) * rows * length * width * size + max(layers)
-        return sum(layers)
-
-    logits = 3 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
-    activations = (
-        stack("encoder", encoder_length, config.encoder_sparse, 0)
-        + stack("decoder", decoder_length, config.decoder_sparse, encoder_length)
-        + logits
-    )
+    sizes = {"encoder": (encoder_length, 0), "decoder": (decoder_length, encoder_length)}
+    saved, units, scores = 0, [_Bytes(0, 0)], 0
+    for name, (length, cross) in sizes.items():
+        layer = functools.partial(_layer, config, name, rows, length, cross, model_devices)
+        sparse = config.encoder_sparse if name == "encoder" else config.decoder_sparse
+        inputs = rows * length * config.d_model * _size(config)
+        for pattern, repeats in _units(config, sparse):
+            whole = _add(layer(each, "none") for each in pattern)
+            if config.remat == "none":
+                units[0] = _add([units[0], *[whole] * repeats])
+                continue
+            kept = _add(layer(each, config.remat) for each in pattern)
+            saved += repeats * (inputs + sum(kept))
+            units.append(whole)
+        queries = max(length, cross)
+        heads = config.num_heads // model_devices
+        scores = max(scores, 2 * rows * heads * length * queries * 4)
+    largest = max(units, key=sum)
+    logits = 2 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
+    weights = _bytes_per_device(state.params)
     return Memory(
-        state=_bytes_per_device(state),
-        gradients=_bytes_per_device(state.params),
+        weights=weights,
+        optimizer=_bytes_per_device(state) - weights,
+        gradients=weights,
+        activations=saved + largest.activations + max(scores, logits),
+        dispatch=largest.dispatch,
         update=2 * max(map(_bytes_per_device, jax.tree.leaves(state.params))),
-        activations=activations,
     )
+
+
+class _Bytes(NamedTuple):
+    activations: int
+    dispatch: int
+
+
+def _add(parts: Iterable[_Bytes]) -> _Bytes:
+    return _Bytes(*map(sum, zip(*parts, strict=True)))
+
+
+def _size(config: ModelConfig) -> int:
+    return jnp.dtype(config.dtype).itemsize
+
+
+def _units(config: ModelConfig, sparse: tuple[bool, ...]) -> list[tuple[tuple[bool, ...], int]]:
+    """What is computed again at once, and how often there is such a thing."""
+    if config.scan_layers:
+        return [(segment.pattern, segment.repeats) for segment in segments(sparse)]
+    return [((each,), 1) for each in sparse]
+
+
+def _layer(
+    config: ModelConfig,
+    stack: str,
+    rows: int,
+    length: int,
+    cross: int,
+    model_devices: int,
+    sparse: bool,
+    remat: str,
+) -> _Bytes:
+    """What the backward pass finds of a layer, with "none", "dots" or "full" recomputed."""
+    if remat == "full":
+        return _Bytes(0, 0)
+    size, tokens, width = _size(config), rows * length, config.d_model
+    inner = config.num_heads * config.head_dim // model_devices
+    heads = config.num_heads // model_devices
+
+    def hidden(activations: Sequence[str], d_ff: int) -> int:
+        # Matmuls' outputs; what activations make of them; their product.
+        branches = len(activations)
+        found = branches if remat == "dots" else 2 * branches + (branches > 1)
+        return found * d_ff // model_devices
+
+    def attention(keys: int) -> int:
+        projections = (2 * tokens + 2 * rows * keys) * inner + tokens * width
+        return projections + (rows * heads * length * keys if remat == "none" else 0)
+
+    elements = attention(length) + (attention(cross) if cross else 0)
+    if remat == "none":  # inputs of sub-layers, before and after their norms
+        elements += (2 + bool(cross)) * 2 * tokens * width
+    dense = tokens * (hidden(config.activations, config.d_ff) + width)
+    if not sparse:
+        return _Bytes((elements + dense) * size, 0)
+    moe = config.stack_moe[stack]
+    inside = hidden(moe.expert_activations or config.activations, moe.expert_d_ff or config.d_ff)
+    elements += tokens * moe.num_shared_experts * inside + dense * config.extra_mlp
+    if remat == "dots":  # the experts' matmuls have a batch dimension
+        return _Bytes(elements * size, 0)
+    groups, group_tokens = group_shape(rows, length, moe.group_size)
+    slots = groups * moe.num_experts * moe.capacity(group_tokens, train=True)
+    router = tokens * moe.num_experts * 4 * 2
+    return _Bytes(elements * size + router, slots * (2 * width + inside) * size)
 
 
 def check_parameters(config: ModelConfig) -> None:

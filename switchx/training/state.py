@@ -32,6 +32,22 @@ class TrainState:
     rng: Any
 
 
+class StateShapes(NamedTuple):
+    """A state as it is on any devices.
+
+    Attributes:
+      init: makes it; to be jitted.
+      shapes: its shapes and dtypes.
+      names: logical names of the dimensions of its arrays, `PartitionSpec`s.
+      optimizer: of its parameters.
+    """
+
+    init: Callable[[], TrainState]
+    shapes: TrainState
+    names: TrainState
+    optimizer: optax.GradientTransformation
+
+
 class StatePlan(NamedTuple):
     """A state that is not there yet.
 
@@ -48,23 +64,10 @@ class StatePlan(NamedTuple):
     dropped: list[sharding.Dropped]
 
 
-def create_state(
-    model: nn.Module,
-    make_optimizer: Callable[[Any], optax.GradientTransformation],
-    *,
-    seed: int,
-    mesh: Mesh,
-    rules: sharding.Rules = sharding.RULES,
-) -> StatePlan:
-    """Plan a state without allocating it.
-
-    Args:
-      model: a model that is initialised with (encoder tokens, decoder tokens).
-      make_optimizer: from the tree of logical axis names of the parameters.
-      seed: of initialisation and of everything random in training.
-      mesh: where the state will live.
-      rules: which mesh axis each logical axis lies on.
-    """
+def describe_state(
+    model: nn.Module, make_optimizer: Callable[[Any], optax.GradientTransformation], *, seed: int
+) -> StateShapes:
+    """Trace a state, with nothing allocated and no devices needed; arguments as `create_state`."""
 
     def init_params() -> Any:
         # The number of tokens changes no parameter; rows keep routing groups whole.
@@ -92,18 +95,48 @@ def create_state(
         opt_state=optimizers.state_axes(optimizer, shapes.params, names),
         rng=PartitionSpec(),
     )
-    state_shardings, dropped = sharding.shardings(state_names, shapes, mesh, rules)
+    return StateShapes(init, shapes, state_names, optimizer)
+
+
+def lay_state(
+    described: StateShapes, mesh: Mesh, rules: sharding.Rules = sharding.RULES
+) -> tuple[TrainState, list[sharding.Dropped]]:
+    """The state's shapes, dtypes and shardings on a mesh, and the rules that did not divide it."""
+    shardings, dropped = sharding.shardings(described.names, described.shapes, mesh, rules)
     abstract = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec),
-        shapes,
-        state_shardings,
+        described.shapes,
+        shardings,
     )
+    return abstract, dropped
+
+
+def create_state(
+    model: nn.Module,
+    make_optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    seed: int,
+    mesh: Mesh,
+    rules: sharding.Rules = sharding.RULES,
+) -> StatePlan:
+    """Plan a state without allocating it.
+
+    Args:
+      model: a model that is initialised with (encoder tokens, decoder tokens).
+      make_optimizer: from the tree of logical axis names of the parameters.
+      seed: of initialisation and of everything random in training.
+      mesh: where the state will live.
+      rules: which mesh axis each logical axis lies on.
+    """
+    described = describe_state(model, make_optimizer, seed=seed)
+    abstract, dropped = lay_state(described, mesh, rules)
     options = None
     if jax.default_backend() == "cpu":
         # XLA's default draws many parameters at once, with 3 GB of random bits for Switch-Base.
         options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    create = jax.jit(init, out_shardings=state_shardings, compiler_options=options)
-    return StatePlan(create, abstract, optimizer, dropped)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    create = jax.jit(described.init, out_shardings=shardings, compiler_options=options)
+    return StatePlan(create, abstract, described.optimizer, dropped)
 
 
 def run_rng(seed: int) -> jax.Array:

@@ -33,7 +33,9 @@ def test_state_and_gradients_are_exact():
         mesh=sharding.make_mesh({"data": 1}, jax.devices()[:1]),
     )
     assert need.state == num_bytes(abstract) > 2 * need.gradients
-    assert need.total == sum(need)
+    assert need.weights == need.gradients
+    later = max(need.activations + need.dispatch, need.update)
+    assert need.total == need.state + need.gradients + later
 
 
 def test_experts_are_divided_over_their_axis():
