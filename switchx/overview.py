@@ -33,6 +33,7 @@ def overview(
         encoder_length=encoder_length,
         decoder_length=decoder_length,
         model_devices=mesh.shape["model"],
+        expert_devices=mesh.shape["expert"],
     )
     have = memory.available()
     devices = jax.devices()

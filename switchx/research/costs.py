@@ -79,7 +79,7 @@ class Step(NamedTuple):
 
     def slots(self, moe: MoeConfig, length: int) -> int:
         """Rows that all experts together compute for this device's tokens in one layer."""
-        if moe.backend(train=True, num_devices=self.mesh.size) == "grouped":
+        if moe.backend(train=True) == "grouped":
             return self.rows * length * moe.num_choices
         groups, tokens = group_shape(self.rows, length, moe.group_size)
         return groups * moe.num_experts * moe.capacity(tokens, train=True)
@@ -181,10 +181,14 @@ def _exchange(
 def _tokens(step: Step) -> Iterable[Exchange]:
     """Slots go to their experts and back; gradients the same ways; and again under remat."""
     model, pieces = step.experiment.model, step.experiment.num_microbatches
+    ragged = step.mesh.devices.flat[0].platform == "tpu"
     times = 4 + 2 * (model.remat != "none")
     for stack, sparse, length, _ in step.stacks():
         if any(sparse):
-            num_bytes = step.slots(model.stack_moe[stack], length) * model.d_model * step.size
+            moe = model.stack_moe[stack]
+            num_bytes = step.slots(moe, length) * model.d_model * step.size
+            if moe.backend(train=True) == "grouped" and not ragged:
+                num_bytes *= step.mesh.shape["expert"]  # the room that is made travels
             count = times * sum(sparse) * pieces
             yield _exchange(step, "tokens to experts", ["expert"], "all-to-all", count, num_bytes)
 

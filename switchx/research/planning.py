@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ ENGINES = ("analytic", "exact")
 CALIBRATED = ("gin_configs/switch_tiny.gin", "gin_configs/bench/A.gin")
 # What is recommended leaves room for the formulas' error.
 MARGIN = 1.15
+BEST = 3  # meshes shown where the experiment's own is not one of these devices
 # Slices and nodes that can be had, by the dimensions of their network; the smallest first.
 SIZES = {
     0: ("1", "2", "4", "8", "2x8", "4x8", "8x8", "16x8", "32x8", "64x8", "128x8"),
@@ -300,6 +301,7 @@ class Planner:
             encoder_length=encoder_length,
             decoder_length=decoder_length,
             model_devices=mesh.shape["model"],
+            expert_devices=mesh.shape["expert"],
         )
 
     def _largest_batch(self, mesh: Mesh, abstract: TrainState, available: int) -> int:
@@ -378,15 +380,27 @@ def plan(
 ) -> tuple[list[Plan], list[str]]:
     """Plans of several meshes, those that fit and are fast first; and why others are impossible.
 
-    No meshes is the experiment's own.
+    No meshes is the experiment's own or, where that does not fill the devices, the best by formula.
     """
-    planner, plans, refused = Planner(experiment), [], []
-    for shape in meshes or [experiment.mesh]:
-        try:
-            plans.append(getattr(planner, engine)(topology, shape))
-        except UserError as error:
-            refused.append(str(error))
-    return sorted(plans, key=lambda each: (not each.fits, each.seconds)), refused
+    planner, refused = Planner(experiment), []
+
+    def attempt(shapes: Iterable[Mapping[str, int]], engine: str) -> list[Plan]:
+        found = []
+        for shape in shapes:
+            try:
+                found.append(getattr(planner, engine)(topology, shape))
+            except UserError as error:
+                refused.append(str(error))
+        return sorted(found, key=lambda each: (not each.fits, each.seconds))
+
+    plans = attempt(meshes or [experiment.mesh], engine)
+    if not plans and not meshes:
+        (own,) = refused
+        found = attempt(_meshes(experiment, topology.num_devices), "analytic")
+        best = list({str(each.mesh): each for each in found}.values())[:BEST]
+        plans = attempt([each.mesh for each in best], engine) if engine != "analytic" else best
+        refused[:] = [own]
+    return plans, refused
 
 
 def calibrate(experiment: Experiment, *, steps: int = 5) -> dict[str, Any]:

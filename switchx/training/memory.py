@@ -55,6 +55,7 @@ def estimate(
     encoder_length: int,
     decoder_length: int,
     model_devices: int = 1,
+    expert_devices: int = 1,
 ) -> Memory:
     """Estimate of a training step on one device.
 
@@ -71,11 +72,13 @@ def estimate(
       encoder_length: tokens of an encoder row.
       decoder_length: tokens of a decoder row.
       model_devices: devices of mesh axis `model`, which share heads and hidden units.
+      expert_devices: devices of mesh axis `expert`, each of which a dropless layer has room for.
     """
     sizes = {"encoder": (encoder_length, 0), "decoder": (decoder_length, encoder_length)}
     saved, units, scores = 0, [_Bytes(0, 0)], 0
     for name, (length, cross) in sizes.items():
-        layer = functools.partial(_layer, config, name, rows, length, cross, model_devices)
+        devices = (model_devices, expert_devices)
+        layer = functools.partial(_layer, config, name, rows, length, cross, devices)
         sparse = config.encoder_sparse if name == "encoder" else config.decoder_sparse
         inputs = rows * length * config.d_model * _size(config)
         for pattern, repeats in _units(config, sparse):
@@ -128,13 +131,14 @@ def _layer(
     rows: int,
     length: int,
     cross: int,
-    model_devices: int,
+    devices: tuple[int, int],
     sparse: bool,
     remat: str,
 ) -> _Bytes:
     """What the backward pass finds of a layer, with "none", "dots" or "full" recomputed."""
     if remat == "full":
         return _Bytes(0, 0)
+    model_devices, expert_devices = devices
     size, tokens, width = _size(config), rows * length, config.d_model
     inner = config.num_heads * config.head_dim // model_devices
     heads = config.num_heads // model_devices
@@ -162,6 +166,8 @@ def _layer(
         return _Bytes(elements * size, 0)
     groups, group_tokens = group_shape(rows, length, moe.group_size)
     slots = groups * moe.num_experts * moe.capacity(group_tokens, train=True)
+    if moe.backend(train=True) == "grouped":
+        slots = expert_devices * tokens * moe.num_choices
     router = tokens * moe.num_experts * 4 * 2
     return _Bytes(elements * size + router, slots * (2 * width + inside) * size)
 

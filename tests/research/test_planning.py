@@ -70,6 +70,14 @@ def test_meshes_are_ranked_and_the_impossible_ones_explained():
     assert plan.mesh == {"data": 8, "fsdp": 1, "expert": 1, "model": 1}
 
 
+def test_another_mesh_is_found_where_the_own_one_does_not_fill_the_devices():
+    experiment = dataclasses.replace(EXPERIMENT, mesh={"data": 3})
+    plans, refused = planning.plan(experiment, parse("v5e:2x2"), [], "analytic")
+    assert 1 < len(plans) <= planning.BEST
+    assert len({str(each.mesh) for each in plans}) == len(plans)
+    assert len(refused) == 1 and "MESH = {'data': 3} does not fill 4" in refused[0]
+
+
 def test_seconds_are_those_of_a_roofline():
     plan = PLANNER.analytic(parse("h100:8"), {"data": 8})
     # float32 is multiplied in TF32.
