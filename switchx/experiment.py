@@ -183,7 +183,8 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
             for length in rows_of:
                 check_whole_rows(moe, group_shape(rows, length, moe.group_size)[1], length)
             continue
-        sizes = {n * length for length in rows_of for n in range(1, rows // pieces + 1)}
+        divisors = [n for n in range(1, rows // pieces + 1) if rows // pieces % n == 0]
+        sizes = {n * length for length in rows_of for n in divisors}
         fits = [size for size in sorted(sizes) if _groups_fit(experiment, rows_of, size, shards)]
         raise UserError(
             f"MoeConfig.group_size = {moe.group_size}: routing groups of so many tokens do "

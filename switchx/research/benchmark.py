@@ -68,7 +68,7 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
         step = compile_step(experiment, optimizer, abstract, mesh)
         compile_seconds = time.perf_counter() - start
         state = create()
-        batch = jax.device_put(_random_batch(experiment), sharding.batch_sharding(mesh))
+        batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
         seconds, cpu_seconds, page_faults, loss = [], [], [], float("nan")
         for _ in range(warmup + steps):
             start, cpu_start, faults = time.perf_counter(), time.process_time(), _page_faults()
@@ -202,7 +202,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", help="of moe: an SVG file of how the cases grow")
     parser.add_argument("--case", dest="gin_file", action="append", type=case_file)
-    parser.add_argument("--steps", type=_steps, default=5, help="timed steps or batches")
+    parser.add_argument("--steps", type=positive_steps, default=5, help="timed steps or batches")
 
 
 def run(parser: argparse.ArgumentParser, experiment: Callable[[], Experiment]) -> None:
@@ -225,7 +225,12 @@ def report(what: str, experiment: Experiment, *, steps: int) -> None:
     print(json.dumps(figures))
 
 
-def _steps(text: str) -> int:
+def positive_steps(text: str) -> int:
+    """A number of steps from the command line.
+
+    Raises:
+      UserError: not an integer, or less than 1.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"--steps={text}: should be an integer, 1 or more")
     return int(text)
@@ -241,7 +246,7 @@ def _page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
-def _random_batch(experiment: Experiment) -> Batch:
+def random_batch(experiment: Experiment) -> Batch:
     """A batch without padding, one example a row, of tokens drawn evenly."""
     generator = np.random.default_rng(experiment.seed)
     rows = experiment.data.batch_size
