@@ -36,6 +36,7 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         layers_with = f"{sparse['encoder']}+{sparse['decoder']} layers with"
         experts = [f"experts      {layers_with} {described['encoder']}"]
     layout = " x ".join(f"{size} {axis}" for axis, size in mesh.shape.items())
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
@@ -51,7 +52,7 @@ def overview(experiment: Experiment, abstract: TrainState, mesh: Mesh) -> str:
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
         f"{_gib(need.state)}, gradients {_gib(need.gradients)}, update {_gib(need.update)}, "
         f"activations {_gib(need.activations)}{warning}",
-        f"devices      {len(devices)} x {devices[0].device_kind}, mesh {layout}",
+        f"devices      {len(devices)} x {devices[0].device_kind}{processes}, mesh {layout}",
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]
     return "\n".join(lines)

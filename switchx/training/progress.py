@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from switchx import distributed
 from switchx.errors import UserError
 from switchx.training.metrics import MetricsWriter
 from switchx.training.step import StepMetrics
@@ -79,7 +80,8 @@ class Progress:
             total=last_step,
             initial=first_step,
             unit="step",
-            disable=None,  # quiet where stderr is not a terminal
+            # Quiet where stderr is not a terminal, and in all processes but one.
+            disable=None if distributed.is_first() else True,
             # Not dynamic: tqdm draws nothing on a terminal that reports no size.
             ncols=terminal.columns,
             nrows=terminal.lines,
