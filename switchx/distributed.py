@@ -6,6 +6,7 @@ that all end together, with one line, when one of them does: by an error, a sign
 
 import argparse
 import contextlib
+import ctypes
 import glob
 import importlib.util
 import json
@@ -86,6 +87,9 @@ def join(flags: argparse.Namespace) -> None:
     _check_flags(given, method, flags.heartbeat_seconds)
     # Signals are noted by the training loop and agreed on there.
     jax.config.update("jax_enable_preemption_service", False)
+    # Where its service is gone, JAX aborts out of a thread of its own: Python's handlers, which
+    # run in the main thread, would not see that signal.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _ended_by_jax)
     with _ending_while_waiting(given):
         try:
             jax.distributed.initialize(
@@ -291,10 +295,11 @@ class Highest:
 
 
 def leave() -> None:
-    """Wait until all processes are done. A later end of one does not end the others."""
+    """Wait until all processes are done, and part: what one does later does not end the others."""
     if _watch is not None:
         wait_for_all("leave")
         _watch.leave()
+        jax.distributed.shutdown()
 
 
 def end(message: str, code: int) -> None:
@@ -388,6 +393,11 @@ class _Watch(threading.Thread):
                 f"nothing heard for {self._heartbeat} seconds from {', '.join(names)}; {_AGAIN}",
                 LOST,
             )
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _ended_by_jax(signum: int) -> None:
+    _exit(f"JAX gave up (why, see above): usually process 0 or its host is gone; {_AGAIN}", LOST)
 
 
 def _exit(message: str, code: int) -> NoReturn:
