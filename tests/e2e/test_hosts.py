@@ -1,5 +1,6 @@
 """Runs of several processes with two devices each, which are killed, stopped and started again."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -23,13 +24,16 @@ from switchx.distributed import LOST
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 12
 HEARTBEAT = 5
+FIRST_SLURM_PORT = 2**16 - 2**12
 MESH = "{'data': 2, 'expert': 2}"
 TIMING = ("tokens_per_second", "step_seconds", "mfu")
 # Processes fork from one that has done the imports, and nothing of JAX.
 PRELOADED = ["switchx.configuration", "switchx.run", "switchx.trained"]
 
 
-def script(log: str, arguments: list[str], task: str, limit: int | None) -> None:
+def script(
+    log: str, arguments: list[str], task: str, limit: int | None, environment: dict[str, str]
+) -> None:
     """What scripts/train.py and scripts/evaluate.py do, printing into `log`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if limit is not None:
@@ -42,6 +46,7 @@ def script(log: str, arguments: list[str], task: str, limit: int | None) -> None
     os.dup2(output, 2)
     os.close(output)
     os.chdir(ROOT)
+    os.environ.update(environment)
     from switchx import command_line, configuration, run, trained
     from switchx.experiment import Experiment
 
@@ -56,6 +61,15 @@ def script(log: str, arguments: list[str], task: str, limit: int | None) -> None
 
     if task == "evaluate":
         command_line.run(evaluate_and_decode)
+
+
+def free_port() -> int:
+    """A port that JAX may derive from a SLURM job's number."""
+    for port in range(FIRST_SLURM_PORT, 2**16):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
 
 
 class Hosts:
@@ -104,26 +118,41 @@ class Hosts:
         count: int = 2,
         mesh: str = MESH,
         task: str = "train",
+        slurm: bool = False,
         limits: dict[int, int] | None = None,
     ) -> "Started":
-        """Begin, or go on, in `count` processes; `limits` are bytes of a file, by process."""
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        processes = []
+        """Begin, or go on, in `count` processes, which find each other by flags or as under SLURM.
+
+        `limits` are bytes of a file, by process.
+        """
+        port, processes = free_port(), []
         for index in range(count):
             arguments = [
                 *self._arguments,
                 f"--gin.MODEL_DIR={run}",
                 f"--gin.MESH={mesh}",
-                f"--coordinator_address=127.0.0.1:{port}",
-                f"--num_processes={count}",
-                f"--process_id={index}",
                 *bindings,
             ]
+            environment = {}
+            if slurm:
+                environment = {
+                    "SLURM_JOB_ID": str(port - FIRST_SLURM_PORT),
+                    "SLURM_STEP_NODELIST": "localhost",
+                    "SLURM_NTASKS": str(count),
+                    "SLURM_PROCID": str(index),
+                    "SLURM_LOCALID": str(index),
+                }
+            else:
+                arguments += [
+                    f"--coordinator_address=127.0.0.1:{port}",
+                    f"--num_processes={count}",
+                    f"--process_id={index}",
+                ]
             log = str(run.with_name(f"{run.name}.{index}.log"))
             limit = (limits or {}).get(index)
-            process = self._context.Process(target=script, args=(log, arguments, task, limit))
+            process = self._context.Process(
+                target=script, args=(log, arguments, task, limit, environment)
+            )
             process.start()
             processes.append((process, pathlib.Path(log)))
         return Started(run, processes)
@@ -288,7 +317,7 @@ def test_what_one_process_cannot_save_is_not_committed_and_ends_all(hosts):
 
 
 def test_several_processes_evaluate_and_decode(hosts, unbroken):
-    codes, outputs = hosts.start(unbroken, task="evaluate").finish()
+    codes, outputs = hosts.start(unbroken, task="evaluate", slurm=True).finish()
     assert codes == [0, 0], outputs
     found = [json.loads(line) for line in outputs[0].splitlines() if line.startswith("{")]
     assert not [line for line in outputs[1].splitlines() if line.startswith("{")]
