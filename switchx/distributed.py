@@ -100,13 +100,13 @@ def join(flags: argparse.Namespace) -> None:
                 heartbeat_timeout_seconds=2 * flags.heartbeat_seconds + 60,
             )
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise UserError(
-                f"could not join the other processes ({method or 'by flags'}: {reason}); give "
+                f"could not join the other processes ({method or 'by flags'}, {reason}); give "
                 f"{_names(_FLAGS)}, or --num_processes=1 to run alone"
             ) from error
     state = _jax_distributed.global_state
-    if state.num_processes == 1:
+    if state.client is None or state.num_processes == 1:
         return
     if state.process_id:
         sys.stdout = open(os.devnull, "w")
@@ -217,6 +217,7 @@ def row_block(where: NamedSharding, rows: int) -> tuple[int, int]:
     held = {
         index[0].indices(rows)[:2]
         for index in where.addressable_devices_indices_map((rows,)).values()
+        if index is not None
     }
     size = sum(stop - start for start, stop in held)
     start, stop = min(held)[0], max(held)[1]
@@ -318,13 +319,13 @@ def end_by_bug(error: Exception) -> None:
         end(f"{type(error).__name__}: {error}", 1)
 
 
-def is_lost_contact(error: jax.errors.JaxRuntimeError) -> bool:
+def is_lost_contact(error: Exception) -> bool:
     """Whether a computation failed because another process does not take part in it any more."""
     signs = ("gloo", "nccl", "connection", "unavailable", "aborted", "cancelled")
     return _watch is not None and any(sign in str(error).lower() for sign in signs)
 
 
-def end_without_contact(error: jax.errors.JaxRuntimeError) -> None:
+def end_without_contact(error: Exception) -> None:
     """End as `end` does after an error that `is_lost_contact`; the watch may know more before."""
     time.sleep(3 * _BEAT_SECONDS)
     reason = str(error).splitlines()[0]

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from switchx import distributed
 from switchx.errors import UserError
+from switchx.run_directory import Nowhere
 from switchx.training.metrics import MetricsWriter
 from switchx.training.step import StepMetrics
 
@@ -53,7 +54,7 @@ class Progress:
 
     def __init__(
         self,
-        writer: MetricsWriter,
+        writer: MetricsWriter | Nowhere,
         summarize: Callable[[Any], dict[str, Any]],
         learning_rate: Callable[[int], Any],
         *,
