@@ -360,7 +360,7 @@ class _Watch(threading.Thread):
                     continue
                 _exit(f"process 0 of {self._count}, where all meet, is gone; {_AGAIN}", LOST)
             if notice and not self._left.is_set():
-                _exit(*json.loads(notice))
+                self._out(*json.loads(notice))
 
     def leave(self) -> None:
         """Stop: nothing that another process does ends this one any more."""
@@ -375,9 +375,13 @@ class _Watch(threading.Thread):
         message = f"process {self._process} of {self._count}: {message}"
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._client.key_value_set(_ENDED, json.dumps([message, code]))
+        self._out(message, code)
+
+    def _out(self, message: str, code: int) -> NoReturn:
         print(f"error: {message}", file=sys.stderr, flush=True)
         if self._process == 0:
-            time.sleep(2 * _BEAT_SECONDS)  # the others hear it from the service that runs here
+            # The others hear it from the service that runs here, and JAX aborts when that ends.
+            time.sleep(2 * _BEAT_SECONDS)
         _exit("", code)
 
     def _look(self, heard: dict[int, tuple[str, float]]) -> None:
