@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from switchx import distributed
 from switchx.errors import UserError
 from switchx.training.loop import Interrupted
 
@@ -15,7 +16,8 @@ def run(main: Callable[[], Any]) -> None:
     """Call `main`, the whole of a script.
 
     Exits with 2 after a one-line message for anything the user can mend, and with 128 + n when
-    signal n ended the work.
+    signal n ended the work. Where several processes work together, all end with the code of the
+    first that ends, and with `distributed.LOST` when one is lost.
     """
     # Scripts let the system end them while they import; from here an interrupt is one line.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,19 +28,30 @@ def run(main: Callable[[], Any]) -> None:
     except OSError as error:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
     except jax.errors.JaxRuntimeError as error:
+        if distributed.is_lost_contact(error):
+            distributed.end_without_contact(error)
         if "RESOURCE_EXHAUSTED" not in str(error):
+            distributed.end_by_bug(error)
             raise
         _fail(
             f"out of memory ({str(error).splitlines()[0]}); lower BATCH_SIZE, raise "
             "NUM_MICROBATCHES or set ModelConfig.remat = 'full'"
         )
     except Interrupted as interrupted:
+        distributed.leave()
         sys.exit(128 + interrupted.signum)
     except KeyboardInterrupt:
+        distributed.end("interrupted", 130)
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        distributed.end_by_bug(error)
+        raise
+    else:
+        distributed.leave()
 
 
 def _fail(message: str) -> None:
+    distributed.end(message, 2)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import gin
 from gin import config as gin_config
 
-from switchx import command_line
+from switchx import command_line, distributed
 from switchx.errors import UserError, closest
 
 T = TypeVar("T")
@@ -98,14 +98,17 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
         metavar="DIRS",
         help="comma-separated folders in which gin files and includes are looked for",
     )
+    distributed.add_flags(parser)
     return parser
 
 
 def parse(config_class: type[T], parser: argparse.ArgumentParser) -> tuple[T, argparse.Namespace]:
     """The configuration that the command line asks for, and the values of `parser`'s flags.
 
+    Joins the other processes first, if there are any: what is wrong then ends all of them.
+
     Raises:
-      UserError: as `build`.
+      UserError: as `build` and `distributed.join`.
     """
     flags, rest = parser.parse_known_args()
     bindings = []
@@ -117,6 +120,7 @@ def parse(config_class: type[T], parser: argparse.ArgumentParser) -> tuple[T, ar
         if "=" not in flag:
             parser.error(f"{flag}: write {flag}=VALUE")
         bindings.append(flag.removeprefix("--gin."))
+    distributed.join(flags)
     search_paths = [path for path in flags.gin_search_paths.split(",") if path]
     return build(config_class, flags.gin_file, bindings, search_paths), flags
 

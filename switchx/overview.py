@@ -49,6 +49,7 @@ def overview(
         experts = [f"experts      {layers_with} {described['encoder']}"]
     split = [f"{size} {axis}" for axis, size in mesh.shape.items() if size > 1]
     layout = f", mesh {' x '.join(split)}" if split else ""
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     warning = "" if need.total <= have else "   <-- MORE THAN THERE IS"
     lines = [
         f"model        {layers}, d_model {model.d_model}, d_ff {model.d_ff}, "
@@ -64,7 +65,7 @@ def overview(
         f"memory       {_gib(need.total)} a device estimated of {_gib(have)} free: state "
         f"{_gib(need.state)}, gradients {_gib(need.gradients)}, then activations "
         f"{_gib(need.activations + need.dispatch)} or update {_gib(need.update)}{warning}",
-        f"devices      {len(devices)} x {devices[0].device_kind}{layout}",
+        f"devices      {len(devices)} x {devices[0].device_kind}{processes}{layout}",
         *_whole(dropped),
         f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
     ]

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from switchx import sharding
+from switchx import distributed, sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError
@@ -21,7 +21,7 @@ from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
 from switchx.overview import overview
-from switchx.run_directory import JsonLines, RunDirectory, versions
+from switchx.run_directory import JsonLines, Nowhere, RunDirectory, versions
 from switchx.training import memory
 from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
 from switchx.training.loop import Hook, Interrupted, StopSignals
@@ -36,6 +36,9 @@ from switchx.training.step import make_train_step
 def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     """Run an experiment to its last step, or go on where an earlier call stopped.
 
+    Several processes call it with the same experiment; the first of them writes the directory,
+    and all of them the checkpoints.
+
     Args:
       experiment: what to run.
       config_gin: text for config.gin, if gin made the experiment.
@@ -45,14 +48,15 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
 
     Raises:
       UserError: the configuration, the data or the directory does not allow it.
-      Interrupted: SIGINT or SIGTERM during training, after saving.
+      Interrupted: SIGINT or SIGTERM to any process during training, after saving.
     """
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
     memory.check_parameters(experiment.model)
-    directory = RunDirectory(experiment.model_dir)
+    directory = RunDirectory(experiment.model_dir, writes=distributed.is_first())
     try:
         directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
+        distributed.check_shared(directory.path, "MODEL_DIR")
         with sharding.use(mesh, experiment.rules):
             return _Run(experiment, directory, mesh).run(config_gin)
     finally:
@@ -77,7 +81,9 @@ def compile_step(
         log_norms=experiment.log_norms,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # Every process reads all metrics.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
     encoder_length, decoder_length = experiment.lengths
     rows, where = experiment.data.batch_size, sharding.batch_sharding(mesh)
     fields = {
@@ -138,14 +144,18 @@ class _Run:
                     "where this run starts; it counts from the beginning of training"
                 )
             batches, self.eval_batches, self.sample_batch = building.result()
+            distributed.wait_for_all("data")
             self._write_descriptions(config_gin)
             compiled = compile_step(experiment, optimizer, abstract, self.mesh)
+            distributed.wait_for_all("step")
         first_step = int(state.step)
         if position:
             batches.seek(position)
         self.batches = pipeline.Prefetcher(batches, self._place)
-        self.samples = JsonLines(directory.path / "samples.jsonl", last_step=first_step)
-        self.writer = MetricsWriter(directory.path, last_step=first_step)
+        self.samples = self.writer = Nowhere()
+        if distributed.is_first():
+            self.samples = JsonLines(directory.path / "samples.jsonl", last_step=first_step)
+            self.writer = MetricsWriter(directory.path, last_step=first_step)
         self.progress = Progress(
             self.writer,
             self.summarize,
@@ -158,7 +168,7 @@ class _Run:
         )
         directory.set_done(False)
         # Before this there is nothing to save, and a signal may end the process where it stands.
-        with StopSignals().caught() as stop:
+        with StopSignals(distributed.Highest(self.mesh)).caught() as stop:
             self._train(state, compiled, stop)
         return self.evaluated
 
@@ -199,13 +209,14 @@ class _Run:
 
     def _build_data(self) -> tuple[pipeline.Batches, Iterable[Batch], Batch | None]:
         experiment = self.experiment
-        index, count = jax.process_index(), jax.process_count()
-        batches = pipeline.build_train(experiment.data, process_index=index, process_count=count)
+        where = sharding.batch_sharding(self.mesh)
+        block, blocks = distributed.row_block(where, experiment.data.batch_size)
+        batches = pipeline.build_train(experiment.data, process_index=block, process_count=blocks)
         eval_batches = pipeline.build_eval(
             experiment.data,
             num_batches=experiment.eval_steps,
-            process_index=index,
-            process_count=count,
+            process_index=block,
+            process_count=blocks,
         )
         sample = None
         if experiment.num_samples:
@@ -237,7 +248,7 @@ class _Run:
 
     def _place(self, batch: Batch) -> Batch:
         where = sharding.batch_sharding(self.mesh)
-        return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows), batch)
+        return distributed.place_rows(batch, where, self.experiment.data.batch_size)
 
     def _write_descriptions(self, config_gin: str) -> None:
         # Only now that the data is good: a mistaken path must not claim the directory.
@@ -262,7 +273,10 @@ class _Run:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         if not hasattr(self, "eval_step"):
-            self.eval_step = jax.jit(make_eval_step(self.model, self.experiment.loss))
+            self.eval_step = jax.jit(
+                make_eval_step(self.model, self.experiment.loss),
+                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+            )
         placed = map(self._place, self.eval_batches)
         summary = self.summarize(evaluate(self.eval_step, state.params, placed))
         self.writer.write(step, f"eval/{self.task}", summary)

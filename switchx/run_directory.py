@@ -21,6 +21,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqi
 class RunDirectory:
     """A directory that holds one run, locked for as long as this object lives.
 
+    Of several processes with one run, one creates, locks and writes; for the others (`writes` is
+    False) nothing here changes a file.
+
     config.gin, config.json   the configuration: as gin has it, and resolved, as plain data
     model.json                the model's configuration
     metrics.jsonl             one row per logged step and split
@@ -31,13 +34,17 @@ class RunDirectory:
     DONE                      written last
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, *, writes: bool = True):
         """Create and lock.
 
         Raises:
           UserError: not a directory, not writable, or in use by another process.
         """
         self.path = pathlib.Path(path)
+        self._writes = writes
+        self._lock: int | None = None
+        if not writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path, os.O_RDONLY)
@@ -56,7 +63,8 @@ class RunDirectory:
 
     def close(self) -> None:
         """Release the lock."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     @property
     def checkpoints(self) -> pathlib.Path:
@@ -72,7 +80,7 @@ class RunDirectory:
         """Write or remove DONE."""
         if done:
             self.write_text("DONE", time.strftime("%Y-%m-%d %H:%M:%S\n"))
-        else:
+        elif self._writes:
             (self.path / "DONE").unlink(missing_ok=True)
 
     def check_free(self, config: Mapping[str, Any], *, may_change: Iterable[str]) -> None:
@@ -124,6 +132,8 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file, all of it or nothing."""
+        if not self._writes:
+            return
         temporary = self.path / f".{name}.tmp"
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -181,6 +191,16 @@ class JsonLines:
             yield
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
+
+
+class Nowhere:
+    """Takes rows and keeps none: where processes write that do not write the run directory."""
+
+    def write(self, *row: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def _step(line: bytes) -> int | None:

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from switchx import sharding
+from switchx import distributed, sharding
 from switchx.data import pipeline
 from switchx.data.corpus import read_lines
 from switchx.data.seqio_batches import batched
@@ -58,7 +58,7 @@ def load(experiment: Experiment) -> Trained:
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another model.
     """
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
     path = experiment.initial_checkpoint_path
     checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
@@ -83,17 +83,29 @@ def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[
     trained = load(experiment)
     model = experiment.model
     tasks = pipeline.task_names(experiment.data)
-    rows = []
+    rows, batch_size = [], experiment.data.batch_size
     with sharding.use(trained.mesh, experiment.rules):
         where = sharding.batch_sharding(trained.mesh)
+        block, blocks = distributed.row_block(where, batch_size)
         summary = summarizer(model)
-        eval_step = jax.jit(make_eval_step(T5(model), experiment.loss))
+        eval_step = jax.jit(
+            make_eval_step(T5(model), experiment.loss),
+            out_shardings=NamedSharding(trained.mesh, PartitionSpec()),
+        )
         for task in tasks:
             with _notes():
                 batches = pipeline.build_eval(
-                    experiment.data, split=split, num_batches=experiment.eval_steps, task=task
+                    experiment.data,
+                    split=split,
+                    num_batches=experiment.eval_steps,
+                    task=task,
+                    process_index=block,
+                    process_count=blocks,
                 )
-            placed = (jax.device_put(batch, where) for batch in _progress(batches, task, "batches"))
+            placed = (
+                distributed.place_rows(batch, where, batch_size)
+                for batch in _progress(batches, task, "batches")
+            )
             sums = evaluate_batches(eval_step, trained.params, placed)
             rows.append(
                 {
@@ -120,6 +132,8 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
     rows, truncated = experiment.data.batch_size, 0
     with sharding.use(trained.mesh, experiment.rules):
         where = sharding.batch_sharding(trained.mesh)
+        block, blocks = distributed.row_block(where, rows)
+        held = slice(block * rows // blocks, (block + 1) * rows // blocks)
         for batch in batched(iter(_progress(texts, "decode", "texts")), rows):
             ids = [pipeline.encode_text(experiment.data, text) for text in batch]
             tokens = np.zeros((rows, length), np.int32)
@@ -131,8 +145,10 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
                 greedy(
                     experiment.model,
                     trained.params,
-                    jax.device_put(tokens, where),
-                    encoder_task_ids=jax.device_put(np.zeros_like(tokens), where),
+                    distributed.place_rows(tokens[held], where, rows),
+                    encoder_task_ids=distributed.place_rows(
+                        np.zeros_like(tokens[held]), where, rows
+                    ),
                     max_length=max_length,
                 )
             )
@@ -156,10 +172,12 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
 def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
     """Write rows as JSON lines to a file, or to standard output if `output` is None.
 
+    Of several processes, which all make the rows together, the first one writes them.
+
     Raises:
       UserError: the file exists or cannot be written.
     """
-    if output is None:
+    if output is None or not distributed.is_first():
         for row in rows:
             print(json.dumps(row, ensure_ascii=False), flush=True)
         return
@@ -179,7 +197,13 @@ def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
 
 
 def read_texts(path: str) -> Iterator[str]:
-    """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input."""
+    """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input.
+
+    Raises:
+      UserError: not UTF-8; standard input of several processes.
+    """
+    if path == "-" and jax.process_count() > 1:
+        raise UserError("several processes do not share standard input; give --inputs=FILE")
     lines = _standard_input() if path == "-" else read_lines(pathlib.Path(path))
     return (line.rstrip("\r\n") for line in lines)
 
@@ -196,8 +220,9 @@ def _standard_input() -> Iterator[str]:
 
 def _notes() -> contextlib.redirect_stdout:
     """What is said along the way goes to standard error; standard output is for the rows."""
-    return contextlib.redirect_stdout(sys.stderr)
+    return contextlib.redirect_stdout(sys.stderr if distributed.is_first() else sys.stdout)
 
 
 def _progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
-    return tqdm(items, desc=what, disable=None, leave=False, unit=f" {unit}")
+    quiet = None if distributed.is_first() else True
+    return tqdm(items, desc=what, disable=quiet, leave=False, unit=f" {unit}")

@@ -12,6 +12,7 @@ from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5, output_head
 from switchx.moe.config import MoeConfig
 from switchx.moe.routing import ROUTERS
+from switchx.sharding import constrain
 
 PAD_ID = 0
 EOS_ID = 1
@@ -97,4 +98,4 @@ def greedy(
         jnp.zeros((batch,), bool),
     )
     _, tokens_BT, _ = jax.lax.while_loop(unfinished, append, start)
-    return tokens_BT[:, 1:]
+    return constrain(tokens_BT[:, 1:], None, None)  # every process reads all of them

@@ -31,7 +31,7 @@ def profile(
 
     Args:
       experiment: as `train.py` would run it; its data is only asked for shapes.
-      folder: where the trace goes, in a new plugins/profile/TIME/, as xprof and TensorBoard want it.
+      folder: where the trace goes, in a new plugins/profile/TIME/.
       steps: traced steps.
       warmup: steps before those.
 

@@ -6,6 +6,7 @@ import logging
 import pathlib
 import re
 import shutil
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
+from switchx import distributed
 from switchx.errors import UserError
 from switchx.training import checksums
 from switchx.training.state import TrainState, num_bytes
@@ -22,10 +24,25 @@ BEST_METRIC = "cross_entropy"
 # The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
 ITEMS = ("params", "optimizer", "data")
 METRICS = "metrics"
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Where the threads of all processes that save meet.
+
+    A thread that comes here with an error on its way up does not wait: the others wait elsewhere,
+    for it, and the error would never be heard of.
+    """
+    if error := sys.exception():
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 # Orbax gives up a save by the wall clock, which may be set while it saves. And where folders are
 # made in a thread of their own, others wait for it by the wall clock, five minutes if it fails.
 _ASYNC = ocp.options.AsyncOptions(
-    timeout_secs=1000 * 365 * 86400, create_directories_asynchronously=False
+    timeout_secs=1000 * 365 * 86400,
+    create_directories_asynchronously=False,
+    barrier_sync_fn=_barrier,
 )
 
 # Orbax logs the traceback of an error in a thread, and raises it, too: once is enough.
@@ -54,7 +71,8 @@ class Checkpointer:
     A checkpoint holds the items `params`, `optimizer` (optax state, step and rng) and `data` (the
     position of the data), each with the checksums of its files. It appears under its final name
     only when it is complete; what a killed run left half-written is removed here and never
-    restored. The newest checkpoint is compared with its checksums here; one that does not hold
+    restored. The newest checkpoint is compared with its checksums here (by the first of several
+    processes, which also writes them when all have written theirs); one that does not hold
     what was written is moved to `directory`/<step>.damaged with a warning that says what is
     wrong with it, and the one before it is taken.
 
@@ -70,7 +88,9 @@ class Checkpointer:
 
     def __init__(self, directory: pathlib.Path, *, keep: int = 3, keep_best: int = 1):
         self._directory = directory.absolute()
-        _set_aside_damaged(self._directory)
+        if distributed.is_first():
+            _set_aside_damaged(self._directory)
+        distributed.wait_for_all("checkpoints")
 
         def score(metrics: dict[str, float]) -> float:
             return -metrics[BEST_METRIC]
@@ -216,10 +236,12 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         naming them.
     """
     directory = find_checkpoint(pathlib.Path(path))
-    if damage := find_damage(directory, ITEMS[:2] if optimizer else ITEMS[:1]):
+    items = ITEMS[:2] if optimizer else ITEMS[:1]
+    if distributed.is_first() and (damage := find_damage(directory, items)):
         raise UserError(
             f"checkpoint {directory} is damaged ({damage}); give another one, or a good copy of it"
         )
+    distributed.wait_for_all("restore")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             saved = checkpointer.metadata(directory / "params").item_metadata

@@ -37,10 +37,19 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, noted at once and acted on between steps. A second one is not caught."""
+    """SIGINT and SIGTERM, noted at once and acted on between steps. A second one is not caught.
 
-    def __init__(self):
+    Args:
+      agree: from a number to the highest that any process gave at the same step.
+    """
+
+    def __init__(self, agree: Callable[[int], int] = lambda signum: signum):
         self.received: int | None = None
+        self._agree = agree
+
+    def agreed(self) -> int | None:
+        """The signal that ends training after this step on every process; called at each step."""
+        return self._agree(self.received or 0) or None
 
     def _note(self, signum: int, frame: Any) -> None:
         self.received = signum
@@ -89,25 +98,26 @@ def train(
       stop: set by signals.
 
     Raises:
-      Interrupted: a signal came; the state after the last finished step is saved.
+      Interrupted: a signal came, to any process; the state after the last step is saved.
     """
     step = int(state.step)
     pending: tuple[int, StepMetrics] | None = None
     while step < last_step:
         state, metrics = train_step(state, next(batches))
         step += 1
+        stopped = stop.agreed()
         if pending:
             reporter.report(*pending)
         pending = (step, metrics)
 
         due = [hook for hook in hooks if step % hook.period == 0 or step == last_step]
-        if due or stop.received:
+        if due or stopped:
             reporter.report(*pending)
             pending = None
             for hook in due:
                 hook.run(step, state)
-            if stop.received and step < last_step:
+            if stopped and step < last_step:
                 save(step, state)
-                raise Interrupted(stop.received, step)
+                raise Interrupted(stopped, step)
             reporter.restart_clock()
     return state

@@ -10,7 +10,9 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from switchx import distributed
 from switchx.errors import UserError
+from switchx.run_directory import Nowhere
 from switchx.training.metrics import MetricsWriter
 from switchx.training.step import StepMetrics
 
@@ -52,7 +54,7 @@ class Progress:
 
     def __init__(
         self,
-        writer: MetricsWriter,
+        writer: MetricsWriter | Nowhere,
         summarize: Callable[[Any], dict[str, Any]],
         learning_rate: Callable[[int], Any],
         *,
@@ -79,7 +81,8 @@ class Progress:
             total=last_step,
             initial=first_step,
             unit="step",
-            disable=None,  # quiet where stderr is not a terminal
+            # Quiet where stderr is not a terminal, and in all processes but one.
+            disable=None if distributed.is_first() else True,
             # Not dynamic: tqdm draws nothing on a terminal that reports no size.
             ncols=terminal.columns,
             nrows=terminal.lines,

@@ -83,7 +83,7 @@ def test_the_command_line_says_what_is_measured(monkeypatch):
 
 
 def test_the_random_batch_is_whole_and_shifted_right():
-    batch = benchmark._random_batch(EXPERIMENT)
+    batch = benchmark.random_batch(EXPERIMENT)
     assert batch.encoder_tokens.shape == (8, 40) and batch.decoder_target_tokens.shape == (8, 24)
     np.testing.assert_array_equal(
         batch.decoder_input_tokens[:, 1:], batch.decoder_target_tokens[:, :-1]
