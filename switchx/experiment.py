@@ -1,6 +1,7 @@
 """`Experiment`: everything a configuration fills, and the checks across its parts."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from switchx import sharding
 from switchx.data import pipeline
 from switchx.data.pipeline import DataConfig
+from switchx.data.tokenization import user_cache
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.models.config import ModelConfig
 from switchx.models.t5 import T5
@@ -34,6 +36,7 @@ MAY_CHANGE = (
     "on_nonfinite",
     "mesh",
     "sharding_rules",
+    "compilation_cache_dir",
 )
 
 
@@ -57,6 +60,8 @@ class Experiment:
       num_microbatches: pieces a batch is cut into to save memory (NUM_MICROBATCHES).
       mesh: devices along (data, fsdp, expert, model); -1 takes the rest (MESH).
       sharding_rules: changes to `sharding.RULES`: logical axis → mesh axis, axes or None.
+      compilation_cache_dir: where compiled programs are kept for the next start, None for
+        switchx/compiled in the user's cache (COMPILATION_CACHE_DIR).
       log_period: steps between rows of training metrics.
       log_norms: add parameter and update norms, by parameter, to those rows.
       on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
@@ -81,6 +86,7 @@ class Experiment:
     num_microbatches: int = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
     sharding_rules: dict[str, Any] = dataclasses.field(default_factory=dict)
+    compilation_cache_dir: str | None = None
     log_period: int = 10
     log_norms: bool = False
     on_nonfinite: str = "stop"
@@ -107,6 +113,8 @@ class Experiment:
             check_range(self, field, getattr(self, field) >= 0, "0 or more")
         check_choice(self, "on_nonfinite", ("stop", "skip"))
         check_range(self, "model_dir", bool(self.model_dir), "a path")
+        folder = self.compilation_cache_dir
+        check_range(self, "compilation_cache_dir", folder is None or bool(folder), "a path or None")
         check_range(self, "mesh", bool(self.mesh), "one axis or more, as in {'data': -1}")
         _ = self.rules
         if self.initial_optimizer and self.initial_checkpoint_path is None:
@@ -138,6 +146,17 @@ def plan_state(experiment: Experiment, mesh: Mesh) -> StatePlan:
         mesh=mesh,
         rules=experiment.rules,
     )
+
+
+def use_compilation_cache(experiment: Experiment) -> None:
+    """Keep compiled programs for later processes, unless jax is told where by the environment.
+
+    A damaged entry is a warning, and compiled again.
+    """
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        folder = experiment.compilation_cache_dir
+        path = pathlib.Path(folder).expanduser() if folder else user_cache() / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(path))
 
 
 def check_fits(experiment: Experiment, mesh: Mesh) -> None:

@@ -16,7 +16,13 @@ from switchx import distributed, sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError
-from switchx.experiment import MAY_CHANGE, Experiment, check_fits, plan_state
+from switchx.experiment import (
+    MAY_CHANGE,
+    Experiment,
+    check_fits,
+    plan_state,
+    use_compilation_cache,
+)
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
@@ -53,6 +59,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
     memory.check_parameters(experiment.model)
+    use_compilation_cache(experiment)
     directory = RunDirectory(experiment.model_dir, writes=distributed.is_first())
     try:
         directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)

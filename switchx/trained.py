@@ -23,7 +23,7 @@ from switchx.data import pipeline
 from switchx.data.corpus import read_lines
 from switchx.data.seqio_batches import batched
 from switchx.errors import UserError
-from switchx.experiment import Experiment, check_fits, plan_state
+from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate as evaluate_batches
 from switchx.inference.evaluation import make_eval_step
@@ -60,6 +60,7 @@ def load(experiment: Experiment) -> Trained:
     """
     mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
+    use_compilation_cache(experiment)
     path = experiment.initial_checkpoint_path
     checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
     with _notes(), sharding.use(mesh, experiment.rules):

@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import jax
 import pytest
@@ -6,7 +7,7 @@ import pytest
 from switchx import sharding
 from switchx.data.pipeline import DataConfig
 from switchx.errors import UserError
-from switchx.experiment import Experiment, check_fits
+from switchx.experiment import Experiment, check_fits, use_compilation_cache
 from switchx.models.config import ModelConfig
 from switchx.moe.config import MoeConfig
 
@@ -46,6 +47,22 @@ def test_what_fits():
     check({"data": 1, "expert": 2})
     check(num_microbatches=2)
     check({"data": 2}, num_microbatches=3, moe={"group_size": "row"})
+
+
+def test_compiled_programs_are_kept_unless_the_environment_says_where(monkeypatch, tmp_path):
+    given = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        for folder, expected in ((None, given), (str(tmp_path / "own"), given)):
+            use_compilation_cache(dataclasses.replace(EXPERIMENT, compilation_cache_dir=folder))
+            assert jax.config.jax_compilation_cache_dir == expected  # of tests/conftest.py
+        for folder, expected in ((None, tmp_path / "switchx/compiled"), ("~/own", None)):
+            jax.config.update("jax_compilation_cache_dir", None)
+            use_compilation_cache(dataclasses.replace(EXPERIMENT, compilation_cache_dir=folder))
+            expected = expected or pathlib.Path.home() / "own"
+            assert jax.config.jax_compilation_cache_dir == str(expected)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", given)
 
 
 @pytest.mark.parametrize(

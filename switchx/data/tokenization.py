@@ -121,6 +121,11 @@ def cache_root(config: "DataConfig") -> pathlib.Path:
     """The folder of the caches: DataConfig.token_cache_dir, or switchx in the user's cache."""
     if config.token_cache_dir is not None:
         return pathlib.Path(config.token_cache_dir).expanduser()
+    return user_cache()
+
+
+def user_cache() -> pathlib.Path:
+    """switchx in the user's cache: $XDG_CACHE_HOME, or ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(home) / "switchx"
 

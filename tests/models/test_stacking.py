@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -144,3 +145,27 @@ def test_the_given_tree_is_left_alone(random_params):
     names = sorted(params["encoder"])
     stack_layers(params, config)
     assert sorted(params["encoder"]) == names
+
+
+def test_a_scanned_program_does_not_grow_with_depth():
+    def program(num_layers):
+        config = ModelConfig(
+            vocab_size=16,
+            d_model=6,
+            d_ff=10,
+            num_heads=2,
+            head_dim=3,
+            num_encoder_layers=num_layers,
+            num_decoder_layers=num_layers,
+            scan_layers=True,
+            moe=MoeConfig(num_experts=3, jitter_noise=0.0),
+        )
+        model, tokens = T5(config), jnp.ones((1, 5), jnp.int32)
+        params = jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), tokens, tokens)))
+
+        def loss(params):
+            return jnp.sum(model.apply(params, tokens, tokens).logits)
+
+        return len(jax.jit(jax.grad(loss)).lower(params).as_text())
+
+    assert program(24) < 1.01 * program(4)
