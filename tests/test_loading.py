@@ -70,7 +70,7 @@ def test_the_search_finds_what_it_is_for():
     for text in (
         "import pickle",
         "from torch import load",
-        "import importlib.util",
+        "from importlib.util import spec_from_file_location",
         "eval(text)",
         "exec(text)",
         "builtins.eval(text)",
