@@ -156,6 +156,8 @@ class Checkpointer:
                 metrics=metrics,
                 force=True,
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices or processes, not of files
         except Exception as error:
             raise self._failure(error) from error
 
@@ -168,6 +170,8 @@ class Checkpointer:
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices or processes, not of files
         except Exception as error:
             raise self._failure(error) from error
 
@@ -183,6 +187,8 @@ class Checkpointer:
                     data=ocp.args.JsonRestore(),
                 ),
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(self._directory / str(step), error) from error
         state = TrainState(params=restored["params"], **restored["optimizer"])
@@ -246,11 +252,15 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
         try:
             saved = checkpointer.metadata(directory / "params").item_metadata
             saved = dict(saved.tree if hasattr(saved, "tree") else saved)
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
         _check_same(saved, abstract.params, path)
         try:
             params = checkpointer.restore(directory / "params", abstract.params)
+        except jax.errors.JaxRuntimeError:
+            raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
         if not optimizer:

@@ -93,7 +93,6 @@ class Hosts:
             f"--gin.EVAL_PERIOD={LAST_STEP}",
             "--gin.EVAL_STEPS=2",
             "--gin.BATCH_SIZE=8",
-            "--gin.DROPOUT_RATE=0.1",
             "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 16}",
             "--gin.DataConfig.vocabulary=bytes",
             "--gin.ModelConfig.vocab_size=384",
