@@ -146,7 +146,7 @@ def _check_flags(given: dict[str, Any], method: str | None, heartbeat: int) -> N
     if missing and method is None:
         raise UserError(f"{_names(given)} needs {_names(missing)} as well")
     host, _, port = given.get("coordinator_address", "host:1").rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(
             f"--coordinator_address={given['coordinator_address']}: write HOST:PORT, the host of "
             "process 0 and a free port there"

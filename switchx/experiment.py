@@ -189,12 +189,13 @@ def check_fits(experiment: Experiment, mesh: Mesh) -> None:
             f"data x fsdp x expert devices of MESH = {dict(mesh.shape)}; "
             f"{_near_multiples(rows, pieces * shards)} are"
         )
-    _check_axis(mesh, "model", "num_heads", model.num_heads)
-    _check_axis(mesh, "model", "d_ff", model.d_ff)
-    _check_axis(mesh, "model", "vocab_size", model.vocab_size)
+    for name, field in (("heads", "num_heads"), ("mlp", "d_ff"), ("vocab", "vocab_size")):
+        size = getattr(model, field)
+        sharding.check_divides(name, f"ModelConfig.{field}", size, mesh, experiment.rules)
     lengths: dict[str, int] = dict(zip(("encoder", "decoder"), experiment.lengths, strict=True))
     for moe in dict.fromkeys(model.stack_moe.values()):
-        _check_axis(mesh, "expert", "moe.num_experts", moe.num_experts)
+        field = "ModelConfig.moe.num_experts"
+        sharding.check_divides("expert", field, moe.num_experts, mesh, experiment.rules)
         if moe.router == "task":
             _check_tasks(experiment, moe)
         rows_of = [lengths[stack] for stack, each in model.stack_moe.items() if each == moe]
@@ -247,11 +248,3 @@ def _groups_fit(
 def _near_multiples(value: int, factor: int) -> str:
     below = value // factor * factor
     return " and ".join(str(each) for each in (below, below + factor) if each > 0)
-
-
-def _check_axis(mesh: Mesh, axis: str, field: str, size: int) -> None:
-    if size % mesh.shape[axis]:
-        raise UserError(
-            f"ModelConfig.{field} = {size} is not divisible by the {mesh.shape[axis]} devices of "
-            f"mesh axis {axis!r}"
-        )

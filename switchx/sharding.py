@@ -64,6 +64,10 @@ def change_rules(changes: Mapping[str, Any]) -> Rules:
                     f"{_FIELD}: {name!r} lies on unknown mesh axis {axis!r}"
                     f"{closest(str(axis), MESH_AXES)}"
                 )
+        if len(set(_mesh_axes(rules[name]))) < len(_mesh_axes(rules[name])):
+            raise UserError(
+                f"{_FIELD}: {name!r} lies on a mesh axis twice, {where!r}; name it once"
+            )
     return rules
 
 
@@ -241,6 +245,23 @@ def _lay(
             dropped.append(Dropped(parameter, str(name), size, wanted, devices))
         places.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*places)
+
+
+def check_divides(name: str, field: str, size: int, mesh: Mesh, rules: Rules) -> None:
+    """Check that a dimension divides by the mesh axes that a logical axis lies on.
+
+    Raises:
+      UserError: it does not; calls the dimension `field`.
+    """
+    axes = _mesh_axes(rules[name])
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    if size % devices:
+        fits = [n for n in range(1, devices + 1) if size % n == 0]
+        raise UserError(
+            f"{field} = {size} is not divisible by the {devices} devices of mesh axis "
+            f"{' x '.join(map(repr, axes))}, on which the rules put {name!r}; "
+            f"what fits: {', '.join(map(str, fits[-8:]))}"
+        )
 
 
 def _mesh_axes(where: Any) -> tuple[Any, ...]:

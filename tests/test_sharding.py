@@ -174,6 +174,7 @@ class TestLogicalAxes:
                 "'expert'?",
             ),
             ({"data": 8}, {"mlp": 3}, "'mlp' lies on unknown mesh axis 3"),
+            ({"fsdp": 8}, {"embed": ["fsdp", "fsdp"]}, "'embed' lies on a mesh axis twice"),
         ],
     )
     def test_rules_that_cannot_hold(self, shape, changes, message):

@@ -7,7 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-KINDS = ("all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+KINDS = (
+    "all-to-all",
+    "ragged-all-to-all",
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "collective-permute",
+)
 
 
 class Collective(NamedTuple):

@@ -203,9 +203,9 @@ def _gradients(step: Step, params: Any) -> Iterable[Exchange]:
         num_bytes = _shard(leaf) * _wire(step, name)
         # A tied embedding has a gradient as the output head and one as a table.
         count = pieces * (2 if "token_embedder" in name and model.tie_embeddings else 1)
-        if "fsdp" in _axes(leaf):
-            whole = num_bytes * step.mesh.shape["fsdp"]
-            yield _exchange(step, "gradients", ["fsdp"], "reduce-scatter", count, whole)
+        if shared := _shared_out(name, leaf):
+            whole = num_bytes * math.prod(step.mesh.shape[axis] for axis in shared)
+            yield _exchange(step, "gradients", shared, "reduce-scatter", count, whole)
         axes = [axis for axis in sharding.BATCH_AXES if axis not in _axes(leaf)]
         yield _exchange(step, "gradients", axes, "all-reduce", count, num_bytes)
     heads = model.num_heads // step.mesh.shape["model"]
@@ -220,15 +220,22 @@ def _gradients(step: Step, params: Any) -> Iterable[Exchange]:
 
 
 def _weights(step: Step, params: Any) -> Iterable[Exchange]:
-    """Parameters that `fsdp` shares out are gathered for a pass, and kept only if unrolled."""
+    """Parameters that are shared out are gathered for a pass, and kept only if unrolled."""
     model, pieces = step.experiment.model, step.experiment.num_microbatches
     again = model.scan_layers or model.remat != "none"
     for path, leaf in jax.tree.leaves_with_path(params):
-        if "fsdp" in _axes(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            whole = _shard(leaf) * _wire(step, name) * step.mesh.shape["fsdp"]
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if shared := _shared_out(name, leaf):
+            devices = math.prod(step.mesh.shape[axis] for axis in shared)
+            whole = _shard(leaf) * _wire(step, name) * devices
             count = pieces * (1 + (again and "layers_" in name))
-            yield _exchange(step, "weights", ["fsdp"], "all-gather", count, whole)
+            yield _exchange(step, "weights", shared, "all-gather", count, whole)
+
+
+def _shared_out(name: str, leaf: Any) -> list[str]:
+    """Mesh axes of other rows over which a parameter is split: experts are not, they stay apart."""
+    own = {"expert"} if "/expert/" in name else set()
+    return [axis for axis in sharding.BATCH_AXES if axis in _axes(leaf) and axis not in own]
 
 
 def _split_layers(step: Step) -> Iterable[Exchange]:

@@ -221,7 +221,8 @@ class Planner:
             model = dataclasses.replace(experiment.model, remat="full")
             again = Planner(dataclasses.replace(experiment, model=model))
             with contextlib.suppress(UserError):
-                if again.analytic(topology, plan.mesh, largest_batch=False).fits:
+                less = again.analytic(topology, plan.mesh, largest_batch=False)
+                if MARGIN * less.peak <= less.available:
                     found.append("ModelConfig.remat = 'full'")
         if 0 < plan.largest_batch < plan.rows:
             found.append(f"BATCH_SIZE = {plan.largest_batch:,} or less")
@@ -359,6 +360,8 @@ def run(parser: argparse.ArgumentParser) -> None:
         raise UserError(refused[0])
     if flags.json:
         print(json.dumps([each.to_dict() for each in plans]))
+        for reason in refused:
+            print(f"impossible: {reason}", file=sys.stderr)
     else:
         print(plan_report.text(plans, refused))
     if flags.html:

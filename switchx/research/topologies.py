@@ -123,7 +123,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         450 * GB,
         50 * GB,
         _HOPPER,
-        memory=0.95 * 141 * GB,
+        memory=0.95 * 140 * GIB,
         flops=989 * TERA,
         float32_flops=494 * TERA,
         bandwidth=4800 * GB,
@@ -133,7 +133,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         900 * GB,
         50 * GB,
         CudaChip((10, 0), 148, 1.96, 126 * 2**20, 228 * 2**10),
-        memory=0.95 * 180 * GB,
+        memory=0.95 * 179 * GIB,
         flops=2250 * TERA,
         float32_flops=1100 * TERA,
         bandwidth=7700 * GB,
@@ -206,11 +206,16 @@ class Topology(NamedTuple):
             return 0.0
         accelerator = self.accelerator
         inside = accelerator.node is None or span <= accelerator.node
-        bandwidth = accelerator.network if inside else accelerator.between_nodes
+        bandwidth = accelerator.network
+        if not inside:
+            # Rings and trees leave a node by the ports of all its members; pairs by their own.
+            members = max(group * (accelerator.node or 1) // span, 1)
+            ports = 1 if kind.endswith("all-to-all") else members
+            bandwidth = min(bandwidth, ports * accelerator.between_nodes)
         moved = num_bytes if kind == "collective-permute" else num_bytes * (group - 1) / group
         if kind == "all-reduce":
             moved *= 2
-        if kind == "all-to-all" and accelerator.torus:
+        if kind.endswith("all-to-all") and accelerator.torus:
             # In two ways on each ring of k: an average of k / 4 hops, one at least.
             side = group ** (1 / accelerator.torus)
             moved *= max(accelerator.torus * side / 4, 1)

@@ -41,10 +41,10 @@ PLANNER = Planner(EXPERIMENT)
 DEVICES = parse("h100:4").described()
 
 
-def sent(**shape: int) -> dict[tuple[str, str], int]:
+def sent(rules: sharding.Rules = sharding.RULES, **shape: int) -> dict[tuple[str, str], int]:
     """Bytes by purpose and kind."""
     mesh = sharding.make_mesh(shape, DEVICES)
-    abstract, _ = lay_state(PLANNER.described, mesh)
+    abstract, _ = lay_state(PLANNER.described, mesh, rules)
     sums = collections.Counter()
     for each in costs.exchanges(costs.Step.of(EXPERIMENT, mesh), abstract.params):
         sums[each.purpose, each.collective.kind] += each.collective.bytes
@@ -80,6 +80,18 @@ def test_fsdp_gathers_weights_and_scatters_gradients():
     norms, biases = 4 * 7 * 8, 4 * 2 * (10 * 10 + 6 * 6)
     shared = 4 * (2904 - 2 * 64) - norms
     assert sent(fsdp=4) == {
+        ("weights", "all-gather"): shared,
+        ("gradients", "reduce-scatter"): shared + 4 * 256,
+        ("gradients", "all-reduce"): norms + biases,
+    }
+
+
+def test_dense_weights_shared_out_over_expert_devices_are_gathered_too():
+    found = sent(sharding.change_rules({"embed": ("fsdp", "expert")}), expert=4)
+    norms, biases = 4 * 7 * 8, 4 * 2 * (10 * 10 + 6 * 6)
+    shared = 4 * (2904 - 2 * 64) - norms - EXPERTS
+    assert found == {
+        ("tokens to experts", "all-to-all"): 4 * SLOTS,
         ("weights", "all-gather"): shared,
         ("gradients", "reduce-scatter"): shared + 4 * 256,
         ("gradients", "all-reduce"): norms + biases,

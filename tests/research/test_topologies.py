@@ -51,6 +51,9 @@ def test_seconds_through_a_switch():
     # Pairs of devices of different nodes.
     assert node.seconds("all-reduce", 8e9, 2, 9) == pytest.approx(8e9 / between)
     assert node.seconds("all-reduce", 8e9, 1, 1) == 0
+    # Four members of each of two nodes leave by four ports; in an all-to-all each by its own.
+    assert node.seconds("all-gather", 8e9, 8, 16) == pytest.approx(7e9 / (4 * between))
+    assert node.seconds("all-to-all", 8e9, 8, 16) == pytest.approx(7e9 / between)
 
 
 def test_seconds_on_a_torus():
