@@ -1,6 +1,6 @@
 """Trace training steps for xprof and print where their time goes.
 
-python scripts/profile.py --gin_file=gin_configs/bench/A.gin --out=/tmp/trace
+python scripts/profile.py --gin_file=gin_configs/bench/A.gin --out=profile
 """
 
 from switchx import process
