@@ -85,11 +85,10 @@ def _experts(moe: MoeConfig) -> str:
 
 
 def _whole(dropped: Sequence[sharding.Dropped]) -> list[str]:
-    parameters = [each for each in dropped if each.parameter.startswith("params/")]
-    if not parameters:
+    if not dropped:
         return []
-    more = f", and {len(parameters) - 1} more" if len(parameters) > 1 else ""
-    return [f"not split    {parameters[0]}{more}   <-- WHOLE ON EVERY DEVICE"]
+    more = f", and {len(dropped) - 1} more" if len(dropped) > 1 else ""
+    return [f"not split    {dropped[0]}{more}   <-- WHOLE ON EVERY DEVICE"]
 
 
 def _gib(size: int) -> str:

@@ -149,13 +149,16 @@ def gather(kernel: jax.Array, *names: str | None) -> jax.Array:
 
     Said aloud, because XLA otherwise sometimes gathers activations instead.
     """
-    return constrain(kernel, *(None if name in SHARED_OUT else name for name in names))
+    return constrain(kernel, *_whole(names))
 
 
 def place(*names: str | None) -> PartitionSpec:
     """Where an array lies on the mesh in `use`, by logical name; whole along `SHARED_OUT`."""
-    wanted = [None if name in SHARED_OUT else name for name in names]
-    return nn.logical_to_mesh_axes(wanted) or PartitionSpec()
+    return nn.logical_to_mesh_axes(_whole(names)) or PartitionSpec()
+
+
+def _whole(names: Sequence[str | None]) -> list[str | None]:
+    return [None if name in SHARED_OUT else name for name in names]
 
 
 def logical_axes(boxed: Any) -> Any:
@@ -172,11 +175,14 @@ class Dropped(NamedTuple):
     mesh_axes: tuple[str, ...]
     devices: int
 
+    @property
+    def rule(self) -> str:
+        """What does not divide by what."""
+        where = f"{' x '.join(self.mesh_axes)} = {self.devices}"
+        return f"{self.logical_axis} = {self.size} does not divide by {where}"
+
     def __str__(self) -> str:
-        return (
-            f"{self.parameter}: {self.logical_axis} = {self.size} does not divide by "
-            f"{' x '.join(self.mesh_axes)} = {self.devices}"
-        )
+        return f"{self.parameter}: {self.rule}"
 
 
 def shardings(
@@ -236,11 +242,10 @@ def _lay(
         if axes != wanted:
             devices = math.prod(mesh.shape[axis] for axis in wanted)
             if name not in SHARED_OUT:
-                fits = [n for n in range(1, devices + 1) if size % n == 0]
                 raise UserError(
                     f"MESH = {dict(mesh.shape)}: {name!r} = {size} of {parameter} does not divide "
                     f"by mesh axis {' x '.join(wanted)} = {devices}, on which the rules put it; "
-                    f"what fits: {', '.join(map(str, fits[-8:]))}"
+                    f"what fits: {_divisors(size, devices)}"
                 )
             dropped.append(Dropped(parameter, str(name), size, wanted, devices))
         places.append(axes[0] if len(axes) == 1 else axes or None)
@@ -256,12 +261,16 @@ def check_divides(name: str, field: str, size: int, mesh: Mesh, rules: Rules) ->
     axes = _mesh_axes(rules[name])
     devices = math.prod(mesh.shape[axis] for axis in axes)
     if size % devices:
-        fits = [n for n in range(1, devices + 1) if size % n == 0]
         raise UserError(
             f"{field} = {size} is not divisible by the {devices} devices of mesh axis "
             f"{' x '.join(map(repr, axes))}, on which the rules put {name!r}; "
-            f"what fits: {', '.join(map(str, fits[-8:]))}"
+            f"what fits: {_divisors(size, devices)}"
         )
+
+
+def _divisors(size: int, most: int) -> str:
+    """The largest few numbers of devices that a size divides by."""
+    return ", ".join([str(n) for n in range(1, most + 1) if size % n == 0][-8:])
 
 
 def _mesh_axes(where: Any) -> tuple[Any, ...]:

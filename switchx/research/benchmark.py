@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from switchx.experiment import Experiment, check_fits, plan_state
 from switchx.research import moe_benchmark
 from switchx.run import compile_step
 from switchx.training.losses import cross_entropy
+from switchx.training.state import TrainState
 
 CASES = pathlib.Path("gin_configs/bench")
 
@@ -42,6 +43,31 @@ def case_file(name: str) -> str:
     if name not in known:
         raise UserError(f"there is no case {name!r}{closest(name, known)}")
     return str(CASES / f"{name}.gin")
+
+
+class Prepared(NamedTuple):
+    """A compiled training step, what it takes, and how long tracing and compiling took."""
+
+    step: Any
+    state: TrainState
+    batch: Batch
+    compile_seconds: float
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Compile the training step of an experiment, with a new state and a batch of random tokens.
+
+    Its data is only asked for shapes; compiled programs of earlier processes are not looked up.
+    """
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_fits(experiment, mesh)
+    with sharding.use(mesh, experiment.rules):
+        plan = plan_state(experiment, mesh)
+        start = time.perf_counter()
+        step = compile_step(experiment, plan.optimizer, plan.abstract, mesh)
+        seconds = time.perf_counter() - start
+        batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
+        return Prepared(step, plan.create(), batch, seconds)
 
 
 def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, Any]:
@@ -60,25 +86,17 @@ def train(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, A
       together; temp_mb, what the compiled step needs beside its arguments, and donated_mb, what
       it overwrites instead of allocating anew, MiB; loss after the last step; num_params.
     """
-    mesh = sharding.make_mesh(experiment.mesh)
-    check_fits(experiment, mesh)
-    with sharding.use(mesh, experiment.rules):
-        create, abstract, optimizer, _ = plan_state(experiment, mesh)
-        start = time.perf_counter()
-        step = compile_step(experiment, optimizer, abstract, mesh)
-        compile_seconds = time.perf_counter() - start
-        state = create()
-        batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
-        seconds, cpu_seconds, page_faults, loss = [], [], [], float("nan")
-        for _ in range(warmup + steps):
-            start, cpu_start, faults = time.perf_counter(), time.process_time(), _page_faults()
-            state, metrics = step(state, batch)
-            jax.block_until_ready(state)
-            seconds.append(time.perf_counter() - start)
-            cpu_seconds.append(time.process_time() - cpu_start)
-            page_faults.append(_page_faults() - faults)
-            tokens = metrics.sums.tokens
-            loss = float(tokens.cross_entropy / tokens.weight)
+    step, state, batch, compile_seconds = prepare(experiment)
+    seconds, cpu_seconds, page_faults, loss = [], [], [], float("nan")
+    for _ in range(warmup + steps):
+        start, cpu_start, faults = time.perf_counter(), time.process_time(), _page_faults()
+        state, metrics = step(state, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+        page_faults.append(_page_faults() - faults)
+        tokens = metrics.sums.tokens
+        loss = float(tokens.cross_entropy / tokens.weight)
     step_seconds = statistics.median(seconds[warmup:])
     flops = (step.cost_analysis() or {}).get("flops")
     memory = step.memory_analysis()

@@ -111,8 +111,7 @@ def _dropped(plan: "Plan") -> Iterable[str]:
     """Each rule that had to be dropped, and for which parameters."""
     parameters: dict[str, list[str]] = {}
     for each in plan.dropped:
-        parameter, rule = each.split(": ", 1)
-        parameters.setdefault(rule, []).append(parameter.removeprefix("params/"))
+        parameters.setdefault(each.rule, []).append(each.parameter)
     for rule, names in parameters.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         yield f"{rule}, in {', '.join(names[:3])}{more}"

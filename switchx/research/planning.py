@@ -95,7 +95,7 @@ class Plan:
     rows: int
     tokens: int
     largest_batch: int
-    dropped: list[str]
+    dropped: Sequence[sharding.Dropped]
 
     @property
     def fits(self) -> bool:
@@ -153,6 +153,7 @@ class Plan:
                 for part, seconds in zip(self.parts, self.part_seconds, strict=True)
             ],
             "exchanges": collected,
+            "dropped": [str(each) for each in self.dropped],
         }
 
 
@@ -288,7 +289,7 @@ class Planner:
             rows=experiment.data.batch_size,
             tokens=experiment.data.batch_size * sum(experiment.lengths),
             largest_batch=0,
-            dropped=[str(each) for each in dropped if each.parameter.startswith("params/")],
+            dropped=dropped,
         )
 
     def _memory(self, mesh: Mesh, abstract: TrainState, batch_size: int) -> Memory:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
-from switchx import configuration, sharding
+from switchx import configuration
 from switchx.errors import UserError
-from switchx.experiment import Experiment, check_fits, plan_state
+from switchx.experiment import Experiment
 from switchx.research import benchmark
-from switchx.run import compile_step
 
 
 class Operations(NamedTuple):
@@ -43,21 +42,15 @@ def profile(
     """
     if pathlib.Path(folder).is_file():
         raise UserError(f"--out={folder} is a file; name a folder")
-    mesh = sharding.make_mesh(experiment.mesh)
-    check_fits(experiment, mesh)
-    with sharding.use(mesh, experiment.rules):
-        plan = plan_state(experiment, mesh)
-        step = compile_step(experiment, plan.optimizer, plan.abstract, mesh)
-        state = plan.create()
-        batch = jax.device_put(benchmark.random_batch(experiment), sharding.batch_sharding(mesh))
-        for _ in range(warmup):
-            state, _ = step(state, batch)
+    step, state, batch, _ = benchmark.prepare(experiment)
+    for _ in range(warmup):
+        state, _ = step(state, batch)
+    jax.block_until_ready(state)
+    with jax.profiler.trace(folder):
+        for number in range(steps):
+            with jax.profiler.StepTraceAnnotation("train", step_num=number):
+                state, _ = step(state, batch)
         jax.block_until_ready(state)
-        with jax.profiler.trace(folder):
-            for number in range(steps):
-                with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, _ = step(state, batch)
-            jax.block_until_ready(state)
     return operations(max(pathlib.Path(folder).glob("plugins/profile/*/*.xplane.pb")))
 
 

@@ -101,14 +101,22 @@ def describe_state(
 def lay_state(
     described: StateShapes, mesh: Mesh, rules: sharding.Rules = sharding.RULES
 ) -> tuple[TrainState, list[sharding.Dropped]]:
-    """The state's shapes, dtypes and shardings on a mesh, and the rules that did not divide it."""
+    """The state's shapes, dtypes and shardings on a mesh, and the rules that did not divide it.
+
+    Of the rules those of parameters; what the optimizer keeps of a parameter lies as it does.
+    """
     shardings, dropped = sharding.shardings(described.names, described.shapes, mesh, rules)
     abstract = jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spec),
         described.shapes,
         shardings,
     )
-    return abstract, dropped
+    parameters = [
+        each._replace(parameter=each.parameter.removeprefix("params/"))
+        for each in dropped
+        if each.parameter.startswith("params/")
+    ]
+    return abstract, parameters
 
 
 def create_state(

@@ -96,6 +96,27 @@ class Activity:
 
 # Runs ------------------------------------------------------------------------------------------
 
+# Flags of a model that takes seconds, on a file of text.
+SMALL = (
+    "--gin_file=gin_configs/switch_tiny.gin",
+    "--gin_file=gin_configs/data/text_file.gin",
+    "--gin.EVAL_STEPS=2",
+    "--gin.BATCH_SIZE=8",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 16}",
+    "--gin.DataConfig.vocabulary=bytes",
+    "--gin.ModelConfig.vocab_size=384",
+    "--gin.ModelConfig.d_model=16",
+    "--gin.ModelConfig.d_ff=24",
+    "--gin.ModelConfig.num_heads=2",
+    "--gin.ModelConfig.head_dim=8",
+    "--gin.ModelConfig.num_encoder_layers=1",
+    "--gin.ModelConfig.num_decoder_layers=1",
+    "--gin.ModelConfig.sparse_every=1",
+    "--gin.NUM_EXPERTS=4",
+    "--gin.MoeConfig.group_size=row",
+    "--gin.Experiment.log_period=1",
+)
+
 
 class Run:
     """`scripts/train.py` on a tiny model, in a forked process, as often as it takes."""
@@ -105,30 +126,14 @@ class Run:
         self.log = directory.with_name(f"{directory.name}.log")
         self.activity = Activity()
         self._arguments = [
-            "--gin_file=gin_configs/switch_tiny.gin",
-            "--gin_file=gin_configs/data/text_file.gin",
+            *SMALL,
             f"--gin.TEXT_FILES={text}",
             f"--gin.MODEL_DIR={directory}",
             f"--gin.TOKEN_CACHE_DIR={directory.parent / 'tokens'}",
             f"--gin.TRAIN_STEPS={LAST_STEP}",
             f"--gin.CHECKPOINT_PERIOD={CHECKPOINT_PERIOD}",
             "--gin.EVAL_PERIOD=6",
-            "--gin.EVAL_STEPS=2",
-            "--gin.BATCH_SIZE=8",
             "--gin.DROPOUT_RATE=0.1",
-            "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 16}",
-            "--gin.DataConfig.vocabulary=bytes",
-            "--gin.ModelConfig.vocab_size=384",
-            "--gin.ModelConfig.d_model=16",
-            "--gin.ModelConfig.d_ff=24",
-            "--gin.ModelConfig.num_heads=2",
-            "--gin.ModelConfig.head_dim=8",
-            "--gin.ModelConfig.num_encoder_layers=1",
-            "--gin.ModelConfig.num_decoder_layers=1",
-            "--gin.ModelConfig.sparse_every=1",
-            "--gin.NUM_EXPERTS=4",
-            "--gin.MoeConfig.group_size=row",
-            "--gin.Experiment.log_period=1",
             "--gin.Experiment.num_samples=1",
             "--gin.Experiment.sample_length=2",
         ]

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from switchx.distributed import LOST
+from tests.e2e import faults
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAST_STEP = 12
@@ -84,28 +85,12 @@ class Hosts:
         rng = np.random.default_rng(0)
         text.write_text("\n".join(" ".join(rng.choice(words, 12)) for _ in range(400)))
         self._arguments = [
-            "--gin_file=gin_configs/switch_tiny.gin",
-            "--gin_file=gin_configs/data/text_file.gin",
+            *faults.SMALL,
             f"--gin.TEXT_FILES={text}",
             f"--gin.TOKEN_CACHE_DIR={folder / 'tokens'}",
             f"--gin.TRAIN_STEPS={LAST_STEP}",
             "--gin.CHECKPOINT_PERIOD=4",
             f"--gin.EVAL_PERIOD={LAST_STEP}",
-            "--gin.EVAL_STEPS=2",
-            "--gin.BATCH_SIZE=8",
-            "--gin.TASK_FEATURE_LENGTHS={'inputs': 40, 'targets': 16}",
-            "--gin.DataConfig.vocabulary=bytes",
-            "--gin.ModelConfig.vocab_size=384",
-            "--gin.ModelConfig.d_model=16",
-            "--gin.ModelConfig.d_ff=24",
-            "--gin.ModelConfig.num_heads=2",
-            "--gin.ModelConfig.head_dim=8",
-            "--gin.ModelConfig.num_encoder_layers=1",
-            "--gin.ModelConfig.num_decoder_layers=1",
-            "--gin.ModelConfig.sparse_every=1",
-            "--gin.NUM_EXPERTS=4",
-            "--gin.MoeConfig.group_size=row",
-            "--gin.Experiment.log_period=1",
             "--gin.Experiment.num_samples=0",
             f"--heartbeat_seconds={HEARTBEAT}",
         ]

@@ -3,6 +3,7 @@ import html.parser
 
 from switchx.research import plan_report
 from switchx.research.topologies import parse
+from switchx.sharding import Dropped
 from tests.research.test_planning import PLANNER
 
 PLANS = [
@@ -37,9 +38,11 @@ def test_what_is_missing_is_loud():
 
 def test_dropped_rules_are_shown_once_for_all_their_parameters():
     rule = "embed = 20 does not divide by fsdp = 8"
-    names = [f"params/{name}: {rule}" for name in "abcde"] + ["params/f: other"]
-    plan = dataclasses.replace(PLANS[0], dropped=names)
-    shown = f"not split    {rule}, in a, b, c and 2 more\n             other, in f"
+    names = [Dropped(name, "embed", 20, ("fsdp",), 8) for name in "abcde"]
+    other = Dropped("f", "expert_embed", 9, ("fsdp", "expert"), 4)
+    plan = dataclasses.replace(PLANS[0], dropped=[*names, other])
+    shown = f"not split    {rule}, in a, b, c and 2 more\n             {other.rule}, in f"
+    assert other.rule == "expert_embed = 9 does not divide by fsdp x expert = 4"
     assert shown in plan_report.text([plan])
     assert f"not split by 8 data: {rule}, in a" in plan_report.text([PLANS[1], plan])
 
