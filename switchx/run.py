@@ -23,7 +23,8 @@ from switchx.experiment import (
     plan_state,
     use_compilation_cache,
 )
-from switchx.inference.decoding import greedy
+from switchx.inference.config import DecodingConfig
+from switchx.inference.decoding import generate
 from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
 from switchx.overview import overview
@@ -303,13 +304,15 @@ class _Run:
         batch = self.sample_batch
         assert batch is not None
         predictions = jax.device_get(
-            greedy(
+            generate(
                 self.experiment.model,
                 state.params,
                 batch.encoder_tokens,
+                DecodingConfig(
+                    max_new_tokens=min(self.experiment.sample_length, self.experiment.lengths[1])
+                ),
                 encoder_task_ids=batch.encoder_task_ids,
-                max_length=min(self.experiment.sample_length, self.experiment.lengths[1]),
-            )
+            ).tokens[:, 0]
         )
         data = self.experiment.data
         for row in range(len(predictions)):

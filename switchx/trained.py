@@ -24,7 +24,8 @@ from switchx.data.corpus import read_lines
 from switchx.data.seqio_batches import batched
 from switchx.errors import UserError
 from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
-from switchx.inference.decoding import greedy
+from switchx.inference.config import DecodingConfig
+from switchx.inference.decoding import generate
 from switchx.inference.evaluation import evaluate as evaluate_batches
 from switchx.inference.evaluation import make_eval_step
 from switchx.models.t5 import T5
@@ -143,15 +144,15 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
                 tokens[index, :kept] = example[:kept]
                 tokens[index, kept - 1] = example[-1]  # EOS, also where the text was cut
             predictions = jax.device_get(
-                greedy(
+                generate(
                     experiment.model,
                     trained.params,
                     distributed.place_rows(tokens[held], where, rows),
+                    DecodingConfig(max_new_tokens=max_length),
                     encoder_task_ids=distributed.place_rows(
                         np.zeros_like(tokens[held]), where, rows
                     ),
-                    max_length=max_length,
-                )
+                ).tokens[:, 0]
             )
             for text, example, prediction in zip(batch, ids, predictions, strict=False):
                 row: dict[str, Any] = {

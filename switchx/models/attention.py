@@ -33,6 +33,12 @@ def attention_mask(
     return mask_B1TS
 
 
+def cached_mask(start: Int[Array, ""], queries: int, keys: int) -> Bool[Array, "1 1 T S"]:
+    """Causal mask of queries whose first stands at `start`, on a cache of `keys` positions."""
+    query_T1 = start + jnp.arange(queries)[:, None]
+    return (jnp.arange(keys)[None, :] <= query_T1)[None, None]
+
+
 class Attention(nn.Module):
     """Multi-head attention without biases and without 1/√head_dim, which is in the query's init.
 
@@ -43,28 +49,36 @@ class Attention(nn.Module):
     config: ModelConfig
     train: bool = False
 
-    @nn.compact
+    def setup(self):
+        """Declare the four projections."""
+        config = self.config
+        inner, scale = config.num_heads * config.head_dim, config.init_scale
+        # scale / head_dim: the query's init carries the 1/√head_dim that the scores lack.
+        self.query = Dense(inner, ("embed", "heads"), scale / config.head_dim)
+        self.key = Dense(inner, ("embed", "heads"), scale)
+        self.value = Dense(inner, ("embed", "heads"), scale)
+        self.out = Dense(config.d_model, ("heads", "embed"), scale)
+        self.dropout = nn.Dropout(
+            config.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train
+        )
+
+    def keys_values(
+        self, x_BSD: Float[Array, "B S D"]
+    ) -> tuple[Float[Array, "B S H P"], Float[Array, "B S H P"]]:
+        """What may be attended to."""
+        return self._heads(self.key(x_BSD)), self._heads(self.value(x_BSD))
+
     def __call__(
         self,
         queries_BTD: Float[Array, "B T D"],
-        keys_BSD: Float[Array, "B S D"],
-        mask: Bool[Array, "B 1 #T S"],
+        keys_BSHP: Float[Array, "B S H P"],
+        values_BSHP: Float[Array, "B S H P"],
+        mask: Bool[Array, "#B 1 #T S"],
         bias: Float[Array, "1 H T S"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attend from `queries_BTD` to `keys_BSD` (the same array for self-attention)."""
+        """Attend from `queries_BTD` to `keys_values`."""
         config = self.config
-        heads, head_dim, scale = config.num_heads, config.head_dim, config.init_scale
-
-        def project(x: jax.Array, name: str, init_scale: float) -> jax.Array:
-            y = Dense(heads * head_dim, ("embed", "heads"), init_scale, name=name)(x)
-            y = y.reshape(*x.shape[:-1], heads, head_dim)
-            return constrain(y, "batch", None, "heads", None)
-
-        # scale / head_dim: the query's init carries the 1/√head_dim that the scores lack.
-        queries_BTHP = project(queries_BTD, "query", scale / head_dim)
-        keys_BSHP = project(keys_BSD, "key", scale)
-        values_BSHP = project(keys_BSD, "value", scale)
-
+        queries_BTHP = self._heads(self.query(queries_BTD))
         dtype = jnp.promote_types(config.dtype, jnp.float32)
         scores_BHTS = jnp.einsum(
             "bthp,bshp->bhts", queries_BTHP, keys_BSHP, preferred_element_type=dtype
@@ -76,12 +90,15 @@ class Attention(nn.Module):
         largest_BHT1 = jax.lax.stop_gradient(jnp.max(scores_BHTS, axis=-1, keepdims=True))
         weights_BHTS = jnp.exp(scores_BHTS - largest_BHT1)
         sums_BHT1 = jnp.sum(weights_BHTS, axis=-1, keepdims=True)
-        weights_BHTS = nn.Dropout(
-            config.dropout_rate, broadcast_dims=(-2,), deterministic=not self.train
-        )(weights_BHTS.astype(values_BSHP.dtype))
+        weights_BHTS = self.dropout(weights_BHTS.astype(values_BSHP.dtype))
         y_BHTP = jnp.einsum(
             "bhts,bshp->bhtp", weights_BHTS, values_BSHP, preferred_element_type=dtype
         )
         y_BTHP = jnp.moveaxis(y_BHTP / sums_BHT1, 1, 2).astype(values_BSHP.dtype)
-        y_BTA = y_BTHP.reshape(*queries_BTD.shape[:-1], heads * head_dim)
-        return Dense(config.d_model, ("heads", "embed"), scale, name="out")(y_BTA)
+        y_BTA = y_BTHP.reshape(*queries_BTD.shape[:-1], config.num_heads * config.head_dim)
+        return self.out(y_BTA)
+
+    def _heads(self, x_BTA: jax.Array) -> jax.Array:
+        config = self.config
+        x_BTHP = x_BTA.reshape(*x_BTA.shape[:-1], config.num_heads, config.head_dim)
+        return constrain(x_BTHP, "batch", None, "heads", None)

@@ -152,8 +152,10 @@ class RelativePositionBias(nn.Module):
     bidirectional: bool
 
     @nn.compact
-    def __call__(self, query_length: int, key_length: int) -> Float[Array, "1 H T S"]:
-        """Bias for every head and (query, key) pair."""
+    def __call__(
+        self, query_length: int, key_length: int, start: jax.Array | None = None
+    ) -> Float[Array, "1 H T S"]:
+        """Bias for every head and (query, key) pair; the first query stands at `start`, else 0."""
         config = self.config
         table_HR = self.param(
             "rel_embedding",
@@ -164,11 +166,13 @@ class RelativePositionBias(nn.Module):
             (config.num_heads, config.relative_attention_num_buckets),
             jnp.float32,
         )
-        buckets_TS = relative_position_buckets(
-            query_length,
+        buckets_TS: np.ndarray | jax.Array = relative_position_buckets(
+            query_length if start is None else key_length,
             key_length,
             bidirectional=self.bidirectional,
             num_buckets=config.relative_attention_num_buckets,
             max_distance=config.relative_attention_max_distance,
         )
+        if start is not None:
+            buckets_TS = jax.lax.dynamic_slice_in_dim(jnp.asarray(buckets_TS), start, query_length)
         return table_HR[:, buckets_TS][None].astype(config.dtype)

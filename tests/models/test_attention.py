@@ -19,6 +19,13 @@ B, T, S, D, HEADS, HEAD_DIM = 2, 5, 7, 6, 3, 4
 CONFIG = ModelConfig(vocab_size=11, d_model=D, d_ff=8, num_heads=HEADS, head_dim=HEAD_DIM)
 
 
+class SelfContained(Attention):
+    """Attention to states instead of to keys and values."""
+
+    def __call__(self, queries_BTD, keys_BSD, mask, bias=None):
+        return super().__call__(queries_BTD, *self.keys_values(keys_BSD), mask, bias)
+
+
 def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -82,7 +89,7 @@ class TestMask:
 
 class TestAttention:
     def test_equals_loop(self, random_params):
-        module = Attention(CONFIG)
+        module = SelfContained(CONFIG)
         queries_BTD, keys_BSD = normal(B, T, D), normal(B, S, D, seed=1)
         bias = normal(1, HEADS, T, S, seed=2)
         mask = np.random.default_rng(3).random((B, 1, T, S)) < 0.6
@@ -93,7 +100,7 @@ class TestAttention:
         np.testing.assert_allclose(y_BTD, expected, rtol=1e-4, atol=1e-5)
 
     def test_without_bias_and_with_one_mask_for_all_queries(self, random_params):
-        module = Attention(CONFIG)
+        module = SelfContained(CONFIG)
         queries_BTD, keys_BSD = normal(B, T, D), normal(B, S, D, seed=1)
         mask = np.arange(S) < np.asarray([[[[4]]], [[[6]]]])
         params = random_params(module, queries_BTD, keys_BSD, jnp.asarray(mask))
@@ -103,7 +110,7 @@ class TestAttention:
         np.testing.assert_allclose(y_BTD, expected, rtol=1e-4, atol=1e-5)
 
     def test_no_attention_across_segments(self, random_params):
-        module = Attention(CONFIG)
+        module = SelfContained(CONFIG)
         segment_ids_BS = jnp.asarray([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 3, 3, 3]])
         mask = attention_mask(segment_ids_BS != 0, segment_ids_BS, segment_ids_BS)
         x_BSD, other_BSD = normal(B, S, D), normal(B, S, D, seed=1)
@@ -119,7 +126,7 @@ class TestAttention:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_queries_without_keys_are_finite(self, random_params, dtype):
-        module = Attention(dataclasses.replace(CONFIG, dtype=dtype))
+        module = SelfContained(dataclasses.replace(CONFIG, dtype=dtype))
         x_BSD = normal(B, S, D).astype(dtype)
         mask = jnp.zeros((B, 1, S, S), bool).at[0].set(True)
         params = random_params(module, x_BSD, x_BSD, mask)
@@ -135,14 +142,14 @@ class TestAttention:
         assert np.isfinite(value) and np.all(np.isfinite(gradient_BSD.astype(np.float32)))
 
     def test_scores_and_softmax_of_bfloat16_are_float32(self, random_params):
-        module = Attention(dataclasses.replace(CONFIG, dtype="bfloat16"))
+        module = SelfContained(dataclasses.replace(CONFIG, dtype="bfloat16"))
         x_BSD, mask = normal(B, S, D).astype(jnp.bfloat16), jnp.ones((B, 1, 1, S), bool)
         params = random_params(module, x_BSD, x_BSD, mask)
         jaxpr = jax.make_jaxpr(lambda p, x: module.apply({"params": p}, x, x, mask))(params, x_BSD)
         assert jaxpr.out_avals[0].dtype == jnp.bfloat16
         assert f"f32[{B},{HEADS},{S},{S}] = exp " in str(jaxpr)
         y_BSD = attend(module, params, x_BSD, x_BSD, mask).astype(np.float32)
-        exact_BSD = attend(Attention(CONFIG), params, *[x_BSD.astype(np.float32)] * 2, mask)
+        exact_BSD = attend(SelfContained(CONFIG), params, *[x_BSD.astype(np.float32)] * 2, mask)
         np.testing.assert_allclose(y_BSD, exact_BSD, rtol=0.05, atol=0.05)
 
     def test_dropout_takes_keys_from_all_queries_of_a_head(self, random_params):
@@ -150,17 +157,19 @@ class TestAttention:
         # for all queries they still agree.
         config = dataclasses.replace(CONFIG, dropout_rate=0.5)
         x_BSD, mask = normal(B, S, D), jnp.ones((B, 1, 1, S), bool)
-        params = random_params(Attention(config), x_BSD, x_BSD, mask)
+        params = random_params(SelfContained(config), x_BSD, x_BSD, mask)
         params["query"]["kernel"] *= 0
-        y_BSD = attend(Attention(config), params, x_BSD, x_BSD, mask)
+        y_BSD = attend(SelfContained(config), params, x_BSD, x_BSD, mask)
         rngs = {"dropout": jax.random.key(0)}
-        dropped_BSD = attend(Attention(config, train=True), params, x_BSD, x_BSD, mask, None, rngs)
+        dropped_BSD = attend(
+            SelfContained(config, train=True), params, x_BSD, x_BSD, mask, None, rngs
+        )
         first_B1D = np.asarray(dropped_BSD)[:, :1]
         np.testing.assert_allclose(dropped_BSD, np.broadcast_to(first_B1D, (B, S, D)), rtol=1e-5)
         assert np.abs(dropped_BSD - y_BSD).max() > 0.01
 
     def test_names_axes_and_dtypes(self):
-        module = Attention(dataclasses.replace(CONFIG, dtype="bfloat16"))
+        module = SelfContained(dataclasses.replace(CONFIG, dtype="bfloat16"))
         x_BSD, mask = jnp.zeros((B, S, D), jnp.bfloat16), jnp.ones((B, 1, 1, S), bool)
         boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), x_BSD, x_BSD, mask))["params"]
         inward, outward = {"kernel": P("embed", "heads")}, {"kernel": P("heads", "embed")}
@@ -179,7 +188,7 @@ class TestAttention:
         # The query's variance carries the 1 / head_dim that the scores lack.
         config = dataclasses.replace(CONFIG, d_model=64, num_heads=16, head_dim=9, init_scale=0.3)
         x_BSD, mask = jnp.ones((1, 1, 64)), jnp.ones((1, 1, 1, 1), bool)
-        init = jax.jit(Attention(config).init)
+        init = jax.jit(SelfContained(config).init)
         params = nn.unbox(init(jax.random.key(0), x_BSD, x_BSD, mask))["params"]
         deviations = {name: np.std(params[name]["kernel"]) for name in params}
         np.testing.assert_allclose(deviations["query"], (0.3 / 64 / 9) ** 0.5, rtol=0.05)

@@ -196,7 +196,7 @@ class TestCausality:
         params = random_params(stack, x_1TD, *arguments, train=False)
 
         def project(x_1TD, params):
-            y_1TD, stats = stack.apply({"params": params}, x_1TD, *arguments, train=False)
+            y_1TD, _, stats = stack.apply({"params": params}, x_1TD, *arguments, train=False)
             return y_1TD[0] @ projection_D, stats
 
         jacobian, stats = jax.jit(jax.jacrev(project, has_aux=True))(x_1TD, params)
@@ -320,7 +320,8 @@ def encoder_gradients(config, params, x_BSD):
     def loss(params, x_BSD):
         stack = Stack(config, config.encoder_sparse, causal=False)
         known = Tokens(jnp.ones((B, S), bool))
-        return objective(*stack.apply({"params": params}, x_BSD, known, train=True))
+        y_BSD, _, stats = stack.apply({"params": params}, x_BSD, known, train=True)
+        return objective(y_BSD, stats)
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x_BSD)
 
