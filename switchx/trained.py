@@ -22,13 +22,13 @@ from switchx import distributed, sharding
 from switchx.data import pipeline
 from switchx.data.corpus import read_lines
 from switchx.data.seqio_batches import batched
-from switchx.errors import UserError
+from switchx.errors import UserError, parse_json
 from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
 from switchx.inference.decoding import greedy
 from switchx.inference.evaluation import evaluate as evaluate_batches
 from switchx.inference.evaluation import make_eval_step
 from switchx.models.t5 import T5
-from switchx.training.checkpoint import find_checkpoint, restore_from
+from switchx.training.checkpoint import BEST_METRIC, METRICS, find_checkpoint, restore_from
 from switchx.training.metrics import summarizer
 
 
@@ -52,8 +52,54 @@ class Trained(NamedTuple):
         return int(name) if name.isdigit() else None
 
 
-def load(experiment: Experiment) -> Trained:
-    """Read the parameters that an experiment's paths name.
+def find_checkpoints(run_directory: str, which: str = "last") -> list[pathlib.Path]:
+    """The checkpoints of a run that are meant, oldest first.
+
+    Args:
+      run_directory: a run's.
+      which: 'last', 'best' (the lowest metric that a checkpoint holds of its own evaluation, the
+        newest of equals), 'all', or a step.
+
+    Raises:
+      UserError: there is none of them; names those there are.
+    """
+    folder = pathlib.Path(run_directory).absolute() / "checkpoints"
+    last = find_checkpoint(folder)
+    steps = sorted(int(path.name) for path in last.parent.iterdir() if path.name.isdecimal())
+    if which == "all":
+        return [last.parent / str(step) for step in steps]
+    if which == "last":
+        return [last]
+    if which == "best":
+        scores = {step: _score(last.parent / str(step)) for step in steps}
+        known = {step: score for step, score in scores.items() if score is not None}
+        if not known:
+            raise UserError(f"no checkpoint in {folder} was evaluated; give --checkpoint=last")
+        return [last.parent / str(min(known, key=lambda step: (known[step], -step)))]
+    if which.isdecimal() and int(which) in steps:
+        return [last.parent / str(int(which))]
+    choices = ", ".join(map(str, steps))
+    raise UserError(f"{folder} has no checkpoint {which!r}; there are: last, best, all, {choices}")
+
+
+def _score(checkpoint: pathlib.Path) -> float | None:
+    """What the best checkpoint has the least of; None if the checkpoint was not evaluated."""
+    path = checkpoint / METRICS / METRICS
+    try:
+        return float(parse_json(path.read_bytes())[BEST_METRIC])
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not hold {BEST_METRIC!r}; is it damaged?") from None
+
+
+def load(experiment: Experiment, checkpoint: pathlib.Path | None = None) -> Trained:
+    """Read the parameters of a checkpoint.
+
+    Args:
+      experiment: has the model and the mesh.
+      checkpoint: None for the one that `initial_checkpoint_path` names if it is set, and else the
+        newest in `model_dir`.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another model.
@@ -61,8 +107,8 @@ def load(experiment: Experiment) -> Trained:
     mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
     use_compilation_cache(experiment)
-    path = experiment.initial_checkpoint_path
-    checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
+    path = checkpoint or experiment.initial_checkpoint_path or experiment.model_dir
+    checkpoint = find_checkpoint(pathlib.Path(path))
     with _notes(), sharding.use(mesh, experiment.rules):
         abstract = plan_state(experiment, mesh).abstract
         params = restore_from(str(checkpoint), abstract, optimizer=False).params

@@ -11,7 +11,7 @@ from switchx.data import mixtures
 from switchx.data.pipeline import DataConfig
 from switchx.data.tasks import FileTask
 from switchx.errors import UserError
-from switchx.experiment import Experiment
+from switchx.experiment import Experiment, read_experiment
 from switchx.run import train
 from tests.test_run import MODEL
 
@@ -72,6 +72,56 @@ def test_another_step_and_another_split(finished):
     assert row["cross_entropy"] == pytest.approx(want["cross_entropy"], rel=1e-5)
     (row,) = trained.evaluate(finished, split="train")
     assert row["split"] == "train/mine" and row["cross_entropy"] != want["cross_entropy"]
+
+
+def test_a_run_directory_says_what_it_is(finished, tmp_path):
+    assert read_experiment(finished.model_dir) == finished
+    moved = shutil.copytree(finished.model_dir, tmp_path / "moved")
+    want = dataclasses.replace(finished, model_dir=str(moved), eval_steps=None)
+    assert read_experiment(str(moved), ["EVAL_STEPS=None"]) == want
+    (moved / "config.json").write_text('{"model": ')
+    with pytest.raises(UserError, match="config.json cannot be read: Expecting value"):
+        read_experiment(str(moved))
+    for folder, reason in ((moved / "checkpoints", "has neither"), (moved / "no", "is no folder")):
+        with pytest.raises(UserError, match=reason):
+            read_experiment(str(folder))
+
+
+def test_a_converted_directory_has_its_model_and_vocabulary(finished, tmp_path):
+    (tmp_path / "model.json").write_text(MODEL.to_json())
+    with pytest.raises(UserError, match="has no vocabulary.model; name the vocabulary"):
+        read_experiment(str(tmp_path))
+    found = read_experiment(str(tmp_path), ["DataConfig.vocabulary=bytes"])
+    assert (found.model, found.data.vocabulary) == (MODEL, "bytes")
+    assert found.model_dir == str(tmp_path)
+    (tmp_path / "vocabulary.model").touch()
+    assert read_experiment(str(tmp_path)).data.vocabulary == str(tmp_path / "vocabulary.model")
+
+
+def test_checkpoints_by_what_they_are(finished, tmp_path):
+    run = str(shutil.copytree(finished.model_dir, tmp_path / "run"))
+
+    def steps(which: str) -> list[int]:
+        return [int(path.name) for path in trained.find_checkpoints(run, which)]
+
+    assert steps("all") == [2, 4] and steps("last") == [4] and steps("2") == [2]
+    assert trained.load(finished, trained.find_checkpoints(run, "2")[0]).step == 2
+    for step, score in ((2, 1.5), (4, 2.5)):
+        path = tmp_path / f"run/checkpoints/{step}/metrics/metrics"
+        path.write_text(json.dumps({"cross_entropy": score}))
+    assert steps("best") == [2]
+    for which in ("3", "newest", ""):
+        with pytest.raises(UserError, match=f"no checkpoint '{which}'; there are: last.*, 2, 4"):
+            steps(which)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="4/metrics/metrics does not hold 'cross_entropy'"):
+        steps("best")
+    for step in (2, 4):
+        shutil.rmtree(tmp_path / f"run/checkpoints/{step}/metrics")
+    with pytest.raises(UserError, match="no checkpoint in .* was evaluated"):
+        steps("best")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        trained.find_checkpoints(str(tmp_path / "none"))
 
 
 def test_evaluation_writes_nothing_into_the_run(finished):
