@@ -1,9 +1,4 @@
-"""A trained model put to use: `evaluate` and `decode` what a run directory holds.
-
-Both take the `Experiment` a training run would, so that one gin file describes the run, its
-evaluation and its predictions. The parameters are those of `initial_checkpoint_path` if it is set,
-and else the newest in `model_dir`.
-"""
+"""A trained model put to use: the checkpoints of a run directory, loaded, and `decode`."""
 
 import contextlib
 import itertools
@@ -15,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from switchx import distributed, sharding
@@ -25,11 +20,7 @@ from switchx.data.seqio_batches import batched
 from switchx.errors import UserError, parse_json
 from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
 from switchx.inference.decoding import greedy
-from switchx.inference.evaluation import evaluate as evaluate_batches
-from switchx.inference.evaluation import make_eval_step
-from switchx.models.t5 import T5
 from switchx.training.checkpoint import BEST_METRIC, METRICS, find_checkpoint, restore_from
-from switchx.training.metrics import summarizer
 
 
 class Trained(NamedTuple):
@@ -109,60 +100,10 @@ def load(experiment: Experiment, checkpoint: pathlib.Path | None = None) -> Trai
     use_compilation_cache(experiment)
     path = checkpoint or experiment.initial_checkpoint_path or experiment.model_dir
     checkpoint = find_checkpoint(pathlib.Path(path))
-    with _notes(), sharding.use(mesh, experiment.rules):
+    with notes(), sharding.use(mesh, experiment.rules):
         abstract = plan_state(experiment, mesh).abstract
         params = restore_from(str(checkpoint), abstract, optimizer=False).params
     return Trained(params, checkpoint, mesh)
-
-
-def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[str, Any]]:
-    """Teacher-forced metrics on a split, of every task of a mixture on its own.
-
-    Args:
-      experiment: `eval_steps` batches of each task are taken, None for all.
-      split: 'train', 'validation' or 'test'.
-
-    Returns:
-      A row for each task, as in metrics.jsonl: "step", "checkpoint", "split"
-      ("<split>/<task>"), "loss", "cross_entropy", "perplexity", "accuracy", and for sparse models
-      the router's statistics.
-    """
-    trained = load(experiment)
-    model = experiment.model
-    tasks = pipeline.task_names(experiment.data)
-    rows, batch_size = [], experiment.data.batch_size
-    with sharding.use(trained.mesh, experiment.rules):
-        where = sharding.batch_sharding(trained.mesh)
-        block, blocks = distributed.row_block(where, batch_size)
-        summary = summarizer(model)
-        eval_step = jax.jit(
-            make_eval_step(T5(model), experiment.loss),
-            out_shardings=NamedSharding(trained.mesh, PartitionSpec()),
-        )
-        for task in tasks:
-            with _notes():
-                batches = pipeline.build_eval(
-                    experiment.data,
-                    split=split,
-                    num_batches=experiment.eval_steps,
-                    task=task,
-                    process_index=block,
-                    process_count=blocks,
-                )
-            placed = (
-                distributed.place_rows(batch, where, batch_size)
-                for batch in _progress(batches, task, "batches")
-            )
-            sums = evaluate_batches(eval_step, trained.params, placed)
-            rows.append(
-                {
-                    "step": trained.step,
-                    "checkpoint": str(trained.checkpoint),
-                    "split": f"{split}/{task}",
-                    **summary(sums),
-                }
-            )
-    return rows
 
 
 def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -181,7 +122,7 @@ def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, A
         where = sharding.batch_sharding(trained.mesh)
         block, blocks = distributed.row_block(where, rows)
         held = slice(block * rows // blocks, (block + 1) * rows // blocks)
-        for batch in batched(iter(_progress(texts, "decode", "texts")), rows):
+        for batch in batched(iter(progress(texts, "decode", "texts")), rows):
             ids = [pipeline.encode_text(experiment.data, text) for text in batch]
             tokens = np.zeros((rows, length), np.int32)
             for index, example in enumerate(ids):
@@ -265,11 +206,12 @@ def _standard_input() -> Iterator[str]:
             ) from None
 
 
-def _notes() -> contextlib.redirect_stdout:
-    """What is said along the way goes to standard error; standard output is for the rows."""
+def notes() -> contextlib.redirect_stdout:
+    """A context in which what is said goes to standard error: standard output is for results."""
     return contextlib.redirect_stdout(sys.stderr if distributed.is_first() else sys.stdout)
 
 
-def _progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+def progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+    """The items; on a terminal the first process shows their rate and the time left."""
     quiet = None if distributed.is_first() else True
     return tqdm(items, desc=what, disable=quiet, leave=False, unit=f" {unit}")

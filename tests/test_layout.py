@@ -23,7 +23,7 @@ ORDER = (
     ("interop",),
     ("experiment",),
     ("overview",),
-    ("run", "trained", "command_line", "configuration"),
+    ("run", "trained", "scorecard", "command_line", "configuration"),
     ("research",),
 )
 

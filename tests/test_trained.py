@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from switchx import trained
-from switchx.data import mixtures
 from switchx.data.pipeline import DataConfig
 from switchx.data.tasks import FileTask
 from switchx.errors import UserError
@@ -42,36 +41,6 @@ def finished(tmp_path_factory) -> Experiment:
     )
     train(experiment)
     return experiment
-
-
-def metrics(experiment) -> list[dict]:
-    with open(f"{experiment.model_dir}/metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
-
-
-def evaluated(experiment, step: int) -> dict:
-    """The row that training wrote of the evaluation at a step."""
-    rows = [row for row in metrics(experiment) if row["split"] == "eval/mine"]
-    return next(row for row in rows if row["step"] == step)
-
-
-def test_evaluation_gives_the_row_that_training_wrote(finished):
-    (row,) = trained.evaluate(finished)
-    want = evaluated(finished, 4)
-    assert row["step"] == 4 and row["split"] == "validation/mine"
-    assert row["checkpoint"].endswith("checkpoints/4")
-    for name in ("loss", "cross_entropy", "accuracy", "dropped_fraction"):
-        assert row[name] == pytest.approx(want[name], rel=1e-5), name
-
-
-def test_another_step_and_another_split(finished):
-    path = f"{finished.model_dir}/checkpoints/2"
-    (row,) = trained.evaluate(dataclasses.replace(finished, initial_checkpoint_path=path))
-    want = evaluated(finished, 2)
-    assert row["step"] == 2
-    assert row["cross_entropy"] == pytest.approx(want["cross_entropy"], rel=1e-5)
-    (row,) = trained.evaluate(finished, split="train")
-    assert row["split"] == "train/mine" and row["cross_entropy"] != want["cross_entropy"]
 
 
 def test_a_run_directory_says_what_it_is(finished, tmp_path):
@@ -124,20 +93,6 @@ def test_checkpoints_by_what_they_are(finished, tmp_path):
         trained.find_checkpoints(str(tmp_path / "none"))
 
 
-def test_evaluation_writes_nothing_into_the_run(finished):
-    before = metrics(finished)
-    trained.evaluate(finished)
-    assert metrics(finished) == before
-
-
-def test_a_mixture_is_evaluated_task_by_task(finished):
-    data = dataclasses.replace(finished.data, mixture_or_task_name="embedded_instructions")
-    rows = trained.evaluate(dataclasses.replace(finished, data=data))
-    names = mixtures.EMBEDDED["embedded_instructions"].tasks
-    assert {row["split"] for row in rows} == {f"validation/{name}" for name in names}
-    assert len({row["cross_entropy"] for row in rows}) == 8
-
-
 def test_decoding_does_not_depend_on_the_texts_around(finished):
     texts = ["the cat", "a fat <extra_id_0> rat", "", *["and saw one"] * 9]
     together = list(trained.decode(finished, texts))
@@ -172,9 +127,9 @@ def test_standard_output_is_for_the_rows(finished, tmp_path, capsys):
     for manifest in (tmp_path / "run").rglob("checksums.json"):
         manifest.unlink()
     elsewhere = dataclasses.replace(finished, model_dir=str(tmp_path / "run"))
-    trained.write_rows(trained.evaluate(elsewhere), None)
+    trained.write_rows(trained.decode(elsewhere, ["a"]), None)
     output, notes = capsys.readouterr()
-    assert [json.loads(line)["split"] for line in output.splitlines()]
+    assert [json.loads(line)["inputs"] for line in output.splitlines()] == ["a"]
     assert "no checksums; read unchecked" in notes
 
 

@@ -29,7 +29,7 @@ FIRST_SLURM_PORT = 2**16 - 2**12
 MESH = "{'data': 2, 'expert': 2}"
 TIMING = ("tokens_per_second", "step_seconds", "mfu")
 # Processes fork from one that has done the imports, and nothing of JAX.
-PRELOADED = ["switchx.configuration", "switchx.run", "switchx.trained"]
+PRELOADED = ["switchx.configuration", "switchx.run", "switchx.scorecard"]
 
 
 def script(
@@ -48,7 +48,7 @@ def script(
     os.close(output)
     os.chdir(ROOT)
     os.environ.update(environment)
-    from switchx import command_line, configuration, run, trained
+    from switchx import command_line, configuration, run, scorecard, trained
     from switchx.experiment import Experiment
 
     sys.argv = [f"scripts/{task}.py", *arguments]
@@ -57,7 +57,8 @@ def script(
 
     def evaluate_and_decode() -> None:
         experiment, _ = configuration.parse(Experiment, configuration.flag_parser(""))
-        trained.write_rows(trained.evaluate(experiment), None)
+        evaluated = scorecard.evaluate(experiment, metrics=("loss",))
+        trained.write_rows((each.row for each in evaluated), None)
         trained.write_rows(trained.decode(experiment, ["one", "two words", "and three"]), None)
 
     if task == "evaluate":
