@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "log_period",
     "num_samples",
     "sample_length",
+    "num_decoded_examples",
     "keep_checkpoints",
     "keep_best_checkpoints",
     "model_dir",
@@ -68,6 +69,8 @@ class Experiment:
       on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
       num_samples: validation examples decoded at every evaluation, 0 for none.
       sample_length: tokens decoded of each.
+      num_decoded_examples: validation examples of each task that every evaluation decodes and
+        judges by the task's metrics ("decoded_<metric>" in its row), 0 for none.
     """
 
     model: ModelConfig
@@ -93,6 +96,7 @@ class Experiment:
     on_nonfinite: str = "stop"
     num_samples: int = 4
     sample_length: int = 32
+    num_decoded_examples: int = 0
 
     def __post_init__(self):
         check_types(self)
@@ -110,7 +114,7 @@ class Experiment:
             self, "eval_steps", self.eval_steps is None or self.eval_steps >= 1, "positive or None"
         )
         check_range(self, "seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
-        for field in ("num_samples", "keep_best_checkpoints"):
+        for field in ("num_samples", "num_decoded_examples", "keep_best_checkpoints"):
             check_range(self, field, getattr(self, field) >= 0, "0 or more")
         check_choice(self, "on_nonfinite", ("stop", "skip"))
         check_range(self, "model_dir", bool(self.model_dir), "a path")

@@ -286,6 +286,64 @@ def _question(example: EvalExample) -> dict[str, Any]:
     return question
 
 
+class Decoded(NamedTuple):
+    """What an evaluation during training says of decoded validation examples.
+
+    Attributes:
+      means: "decoded_<metric>", each the mean over the tasks that have it.
+      by_task: where there are several tasks, the metrics of each.
+    """
+
+    means: dict[str, float]
+    by_task: dict[str, dict[str, float]]
+
+
+def decoded_tasks(experiment: Experiment) -> list[EvalTask]:
+    """The examples that every evaluation of a run decodes: `num_decoded_examples` of each task.
+
+    Raises:
+      UserError: they are asked for, and no task has metrics; or as `eval_tasks.build`.
+    """
+    if not experiment.num_decoded_examples:
+        return []
+    data = experiment.data
+    found = [
+        eval_tasks.build(
+            data, name, split="validation", num_examples=experiment.num_decoded_examples
+        )
+        for name in pipeline.task_names(data)
+    ]
+    asked = [task for task in found if task is not None and task.metrics]
+    if not asked:
+        raise UserError(
+            f"Experiment.num_decoded_examples = {experiment.num_decoded_examples}: "
+            f"{data.mixture_or_task_name!r} has no task with metrics; set it to 0"
+        )
+    return asked
+
+
+def decode(experiment: Experiment, params: Any, mesh: Mesh, tasks: Sequence[EvalTask]) -> Decoded:
+    """The tasks' metrics of what parameters decode."""
+    model = predictor(experiment, params, mesh)
+    by_task = {
+        task.name: judge_decoded(
+            model, task, lambda tokens: pipeline.decode_tokens(experiment.data, tokens)
+        ).metrics
+        for task in tasks
+    }
+    values: dict[str, list[float]] = {}
+    for metrics in by_task.values():
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    means = {name: sum(each) / len(each) for name, each in values.items()}
+    return Decoded(means, by_task if len(by_task) > 1 else {})
+
+
+def describe(metrics: Mapping[str, float]) -> str:
+    """Decoded metrics for the end of a line of text."""
+    return "".join(f", {name.replace('_', ' ')} {value:.2f}" for name, value in metrics.items())
+
+
 def write(run_directory: pathlib.Path, evaluated: Evaluated) -> None:
     """Keep what was evaluated in the run directory.
 

@@ -197,3 +197,37 @@ def test_a_checkpoint_of_another_run(finished):
     started = dataclasses.replace(finished, initial_checkpoint_path=str(path))
     (found,) = scorecard.evaluate(started, metrics=("scored",), tasks=("reverse",), num_examples=2)
     assert found.row["step"] == 2
+
+
+def test_training_decodes_and_judges_each_task(finished, tmp_path, capsys):
+    data = dataclasses.replace(finished.data, mixture_or_task_name="both")
+    experiment = dataclasses.replace(
+        finished,
+        data=data,
+        num_decoded_examples=5,
+        model_dir=str(tmp_path / "run"),
+        train_steps=2,
+    )
+    train(experiment)
+    rows = {row["split"]: row for row in lines(tmp_path / "run/metrics.jsonl")}
+    kinds = {"decoded_exact_match", "decoded_chrf", "decoded_accuracy"}
+    assert kinds < set(rows["eval/both"]) and "loss" in rows["eval/both"]
+    assert set(rows["eval/reverse"]) == {"step", "split", "decoded_exact_match", "decoded_chrf"}
+    assert set(rows["eval/wn_syn_ant"]) == {"step", "split", "decoded_accuracy"}
+    # As evaluate.py does on the same examples.
+    found = scorecard.evaluate(experiment, metrics=("decoded",), num_examples=5)
+    for each in found:
+        split = each.row["split"].replace("validation", "eval")
+        for name in kinds & set(each.row):
+            assert rows[split][name] == each.row[name] == rows["eval/both"][name]
+    assert "step 2: wn_syn_ant, decoded accuracy 0.00" in capsys.readouterr().out
+    means = scorecard.Decoded({"decoded_chrf": 1.234}, {}).means
+    assert scorecard.describe(means) == ", decoded chrf 1.23"
+
+
+def test_text_cannot_be_decoded_and_judged(finished):
+    data = dataclasses.replace(finished.data, mixture_or_task_name="embedded_prefix_lm")
+    asked = dataclasses.replace(finished, data=data, num_decoded_examples=5)
+    with pytest.raises(UserError, match="num_decoded_examples = 5: 'embedded_prefix_lm' has no"):
+        scorecard.decoded_tasks(asked)
+    assert scorecard.decoded_tasks(finished) == []

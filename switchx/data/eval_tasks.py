@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switchx.data import corpus, pipeline, tokenization
+from switchx.data import pipeline, tokenization
 from switchx.data import vocabulary as vocabularies
 from switchx.data.span_corruption import EOS
 from switchx.data.tasks import EMBEDDED_SUPERVISED, FileTask
-from switchx.data.text_metrics import METRICS
 from switchx.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,34 +93,21 @@ def build(
     """
     if tokenization.objective(config, name) != "supervised":
         return None
-    own = {declared.name: declared for declared in config.tasks}
-    declared = own.get(name)
-    if isinstance(declared, FileTask):
-        pipeline.check_split(name, split, declared.splits)
-        found = declared.examples(split), declared.metrics
-    elif name in EMBEDDED_SUPERVISED:
-        pipeline.check_split(name, split, corpus.SPLITS)
-        found = corpus.embedded_task(name, split), EMBEDDED_SUPERVISED[name]
-    else:
-        found = None
     names = pipeline.task_names(config)
-    task = (
-        _from_seqio(config, name, split, num_examples)
-        if found is None
-        else _from_texts(config, name, split, found[0][:num_examples], found[1])
-    )
+    read = _from_texts if _is_declared(config, name) else _from_seqio
+    task = read(config, name, split, num_examples)
     if not task.examples:
         raise UserError(f"split {split!r} of task {name!r} has no example to evaluate on")
     return dataclasses.replace(task, task_id=names.index(name) if name in names else 0)
 
 
-def _from_texts(
-    config: "DataConfig",
-    name: str,
-    split: str,
-    examples: Sequence[Mapping[str, str]],
-    metrics: Sequence[str],
-) -> EvalTask:
+def _is_declared(config: "DataConfig", name: str) -> bool:
+    own = {declared.name: declared for declared in config.tasks}
+    return isinstance(own.get(name), FileTask) or name in EMBEDDED_SUPERVISED
+
+
+def _from_texts(config: "DataConfig", name: str, split: str, num_examples: int | None) -> EvalTask:
+    examples = pipeline.examples(config, name, split)[:num_examples]
     sides = [_encode(config, [example[side] for example in examples]) for side in _SIDES]
     return EvalTask(
         name,
@@ -133,7 +119,7 @@ def _from_texts(
             )
         ],
         pipeline.label_options(config, name),
-        [METRICS[metric] for metric in metrics],
+        pipeline.metric_functions(config, name),
     )
 
 
@@ -172,9 +158,9 @@ def _from_seqio(config: "DataConfig", name: str, split: str, num_examples: int |
     from switchx.data import registry
     from switchx.data.backend import BUILD_LOCK
 
+    pipeline.check_split(name, split, pipeline.splits(config, name))
     with BUILD_LOCK:
         task: Any = registry.find(config, name)
-        pipeline.check_split(name, split, task.splits)
         dataset = task.get_dataset(
             config.task_feature_lengths,
             split,

@@ -7,7 +7,7 @@ is imported, by the first `build_*` call.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from switchx.data.seqio_batches import FEATURES, SeqioBatches, batched
 from switchx.data.span_corruption import EOS, MEAN_SPAN_LENGTH, NOISE_DENSITY, span_lengths
 from switchx.data.tasks import EMBEDDED as EMBEDDED_TASKS
 from switchx.data.tasks import EMBEDDED_SUPERVISED, FileTask, TfdsTask, check_not_empty
+from switchx.data.text_metrics import METRICS, Scores
 from switchx.data.token_batches import Member, TokenBatches, Window
 from switchx.errors import UserError, check_range, check_types, closest
 
@@ -140,11 +141,44 @@ def task_names(config: DataConfig) -> tuple[str, ...]:
     return tuple(_task_names(config, config.mixture_or_task_name)[0])
 
 
-def label_options(config: DataConfig, task_name: str) -> tuple[str, ...] | None:
-    """The labels of a classification task, in order; None for other tasks."""
-    if "accuracy" not in EMBEDDED_SUPERVISED.get(task_name, ()):
+def splits(config: DataConfig, task: str) -> tuple[str, ...]:
+    """Names of a task's splits.
+
+    Raises:
+      UserError: unknown name.
+    """
+    if task in EMBEDDED_SUPERVISED:
+        return corpus.SPLITS
+    own = next((each for each in config.tasks if each.name == task), None)
+    return tuple(own.splits if isinstance(own, FileTask) else _find(config, task).splits)
+
+
+def label_options(config: DataConfig, task: str) -> tuple[str, ...] | None:
+    """The labels of a classification task, in an order that is always the same; None for others."""
+    if "accuracy" not in EMBEDDED_SUPERVISED.get(task, ()):
         return None
-    return tuple(sorted({each["targets"] for each in corpus.embedded_task(task_name, "train")}))
+    return tuple(sorted({each["targets"] for each in corpus.embedded_task(task, "train")}))
+
+
+def metric_functions(config: DataConfig, task: str) -> tuple[Callable[..., Scores], ...]:
+    """The metrics of a task, from (targets, predictions) to scores by name."""
+    own = {declared.name: declared for declared in config.tasks}
+    names = EMBEDDED_SUPERVISED.get(task) or getattr(own[task], "metrics", ())
+    return tuple(METRICS[name] for name in names)
+
+
+def examples(config: DataConfig, task: str, split: str) -> Sequence[corpus.Example]:
+    """Every example of a split as text, in the order of `build_eval`, not cut.
+
+    Raises:
+      UserError: unknown name or split; whatever is wrong with the data.
+    """
+    check_split(task, split, splits(config, task))
+    if task in EMBEDDED_SUPERVISED:
+        return corpus.embedded_task(task, split)
+    declared = next(each for each in config.tasks if each.name == task)
+    assert isinstance(declared, FileTask)
+    return declared.examples(split)
 
 
 def knows_tasks(config: DataConfig) -> bool:
