@@ -23,7 +23,7 @@ ORDER = (
     ("interop",),
     ("experiment",),
     ("overview",),
-    ("run", "trained", "scorecard", "command_line", "configuration"),
+    ("run", "trained", "scorecard", "harness", "command_line", "configuration"),
     ("research",),
 )
 
