@@ -1,23 +1,18 @@
-"""Evaluate a checkpoint on a split, one JSON row a task. The flags are those of train.py.
+"""Evaluate the checkpoints of a run on tasks: a table, rows in metrics.jsonl, and predictions.
 
-python scripts/evaluate.py --gin_file=gin_configs/switch_tiny.gin --split=validation
+python scripts/evaluate.py runs/switch_tiny --tasks=wn_syn_ant,date_iso --checkpoint=best
 """
 
 from switchx import process
 
 process.prepare()
 
-from switchx import command_line, configuration, trained
-from switchx.experiment import Experiment
+from switchx import command_line, scorecard
 
 
 def main() -> None:
-    """Flags → rows."""
-    parser = configuration.flag_parser(__doc__ or "")
-    parser.add_argument("--split", default="validation", help="default: validation")
-    parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
-    experiment, flags = configuration.parse(Experiment, parser)
-    trained.write_rows(trained.evaluate(experiment, split=flags.split), flags.output)
+    """Flags → table."""
+    scorecard.run(*command_line.parse(scorecard.flag_parser(__doc__ or "")))
 
 
 if __name__ == "__main__":

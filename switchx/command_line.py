@@ -1,5 +1,6 @@
 """How a script ends: one line and an exit code instead of a traceback, for all a user can mend."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -8,8 +9,28 @@ from typing import Any
 import jax
 
 from switchx import distributed
-from switchx.errors import UserError
+from switchx.errors import UserError, closest
 from switchx.training.loop import Interrupted
+
+
+def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The values of a parser's flags, and NAME=VALUE of every --gin.NAME=VALUE.
+
+    Joins the other processes first, if there are any: what is wrong then ends all of them. The
+    parser has `distributed.add_flags`.
+    """
+    flags, rest = parser.parse_known_args()
+    changes = []
+    for flag in rest:
+        if not flag.startswith("--gin."):
+            options = [option for action in parser._actions for option in action.option_strings]
+            hint = closest(flag.partition("=")[0], ["--gin.NAME=VALUE", *options])
+            parser.error(f"unknown flag {flag!r}{hint}")
+        if "=" not in flag:
+            parser.error(f"{flag}: write {flag}=VALUE")
+        changes.append(flag.removeprefix("--gin."))
+    distributed.join(flags)
+    return flags, changes
 
 
 def run(main: Callable[[], Any]) -> None:

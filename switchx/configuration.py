@@ -110,17 +110,7 @@ def parse(config_class: type[T], parser: argparse.ArgumentParser) -> tuple[T, ar
     Raises:
       UserError: as `build` and `distributed.join`.
     """
-    flags, rest = parser.parse_known_args()
-    bindings = []
-    for flag in rest:
-        if not flag.startswith("--gin."):
-            parser.error(
-                f"unknown flag {flag!r}{closest(flag, ['--gin_file', '--gin.NAME=VALUE'])}"
-            )
-        if "=" not in flag:
-            parser.error(f"{flag}: write {flag}=VALUE")
-        bindings.append(flag.removeprefix("--gin."))
-    distributed.join(flags)
+    flags, bindings = command_line.parse(parser)
     search_paths = [path for path in flags.gin_search_paths.split(",") if path]
     return build(config_class, flags.gin_file, bindings, search_paths), flags
 

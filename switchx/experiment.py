@@ -12,10 +12,11 @@ from switchx import sharding
 from switchx.data import pipeline
 from switchx.data.pipeline import DataConfig
 from switchx.data.tokenization import user_cache
-from switchx.errors import UserError, check_choice, check_range, check_types
-from switchx.models.config import ModelConfig
+from switchx.errors import UserError, check_choice, check_range, check_types, parse_json
+from switchx.models.config import ModelConfig, read_config
 from switchx.models.t5 import T5
 from switchx.moe.config import MoeConfig, check_whole_rows, group_shape
+from switchx.reconstruction import change, reconstruct
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import StatePlan, create_state
@@ -29,6 +30,7 @@ MAY_CHANGE = (
     "log_period",
     "num_samples",
     "sample_length",
+    "num_decoded_examples",
     "keep_checkpoints",
     "keep_best_checkpoints",
     "model_dir",
@@ -67,6 +69,8 @@ class Experiment:
       on_nonfinite: "stop" or "skip" when a loss or gradient is not finite.
       num_samples: validation examples decoded at every evaluation, 0 for none.
       sample_length: tokens decoded of each.
+      num_decoded_examples: validation examples of each task that every evaluation decodes and
+        judges by the task's metrics ("decoded_<metric>" in its row), 0 for none.
     """
 
     model: ModelConfig
@@ -92,6 +96,7 @@ class Experiment:
     on_nonfinite: str = "stop"
     num_samples: int = 4
     sample_length: int = 32
+    num_decoded_examples: int = 0
 
     def __post_init__(self):
         check_types(self)
@@ -109,7 +114,7 @@ class Experiment:
             self, "eval_steps", self.eval_steps is None or self.eval_steps >= 1, "positive or None"
         )
         check_range(self, "seed", 0 <= self.seed < 2**32, "in [0, 2**32)")
-        for field in ("num_samples", "keep_best_checkpoints"):
+        for field in ("num_samples", "num_decoded_examples", "keep_best_checkpoints"):
             check_range(self, field, getattr(self, field) >= 0, "0 or more")
         check_choice(self, "on_nonfinite", ("stop", "skip"))
         check_range(self, "model_dir", bool(self.model_dir), "a path")
@@ -135,6 +140,44 @@ class Experiment:
     def train_flops(self) -> float:
         """Model FLOPs of a training step: three times the forward pass of every row."""
         return 3 * self.data.batch_size * self.model.flops_per_sequence(*self.lengths)
+
+
+def read_experiment(run_directory: str, changes: Sequence[str] = ()) -> Experiment:
+    """The experiment that a run directory holds, out of its config.json; gin is not run.
+
+    A directory that `convert.py` wrote has a model.json only: its experiment is the defaults
+    around that model, with the vocabulary beside it.
+
+    Args:
+      run_directory: what MODEL_DIR was, wherever it lies now.
+      changes: FIELD=VALUE, as `reconstruction.change` takes them.
+
+    Raises:
+      UserError: no run directory; a file in it that cannot be read; changes that do not fit.
+    """
+    folder = pathlib.Path(run_directory)
+    recorded, model, vocabulary = (
+        folder / name for name in ("config.json", "model.json", "vocabulary.model")
+    )
+    if not recorded.is_file() and not model.is_file():
+        what = "has neither a config.json nor a model.json" if folder.is_dir() else "is no folder"
+        raise UserError(f"{run_directory!r} {what}; give a run directory, as train.py makes them")
+    if not recorded.is_file():
+        if not vocabulary.is_file() and not any("vocabulary=" in each for each in changes):
+            raise UserError(
+                f"{run_directory!r} has no vocabulary.model; name the vocabulary that the model "
+                "was trained with by --gin.DataConfig.vocabulary=..."
+            )
+        data = DataConfig(vocabulary=str(vocabulary))
+        experiment = Experiment(model=read_config(run_directory), data=data)
+    else:
+        try:
+            values = parse_json(recorded.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{recorded} cannot be read: {reason}") from None
+        experiment = reconstruct(Experiment, values, str(recorded))
+    return change(dataclasses.replace(experiment, model_dir=run_directory), changes)
 
 
 def plan_state(experiment: Experiment, mesh: Mesh) -> StatePlan:

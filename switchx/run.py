@@ -12,9 +12,10 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from switchx import distributed, sharding
+from switchx import distributed, scorecard, sharding
 from switchx.batch import Batch
 from switchx.data import pipeline
+from switchx.data.eval_tasks import EvalTask
 from switchx.errors import UserError
 from switchx.experiment import (
     MAY_CHANGE,
@@ -151,7 +152,7 @@ class _Run:
                     f"TRAIN_STEPS = {experiment.train_steps} is not beyond step {int(state.step)}, "
                     "where this run starts; it counts from the beginning of training"
                 )
-            batches, self.eval_batches, self.sample_batch = building.result()
+            batches, self.eval_batches, self.sample_batch, self.asked = building.result()
             distributed.wait_for_all("data")
             self._write_descriptions(config_gin)
             compiled = compile_step(experiment, optimizer, abstract, self.mesh)
@@ -215,7 +216,9 @@ class _Run:
 
     # Building -------------------------------------------------------------------------------
 
-    def _build_data(self) -> tuple[pipeline.Batches, Iterable[Batch], Batch | None]:
+    def _build_data(
+        self,
+    ) -> tuple[pipeline.Batches, Iterable[Batch], Batch | None, list[EvalTask]]:
         experiment = self.experiment
         where = sharding.batch_sharding(self.mesh)
         block, blocks = distributed.row_block(where, experiment.data.batch_size)
@@ -232,7 +235,7 @@ class _Run:
                 experiment.data, pack=False, batch_size=experiment.num_samples
             )
             sample = next(iter(pipeline.build_eval(data, num_batches=1)))
-        return batches, eval_batches, sample
+        return batches, eval_batches, sample, scorecard.decoded_tasks(experiment)
 
     def _initial_state(
         self, create: Any, abstract: TrainState
@@ -287,6 +290,8 @@ class _Run:
             )
         placed = map(self._place, self.eval_batches)
         summary = self.summarize(evaluate(self.eval_step, state.params, placed))
+        decoded = scorecard.decode(self.experiment, state.params, self.mesh, self.asked)
+        summary |= decoded.means
         self.writer.write(step, f"eval/{self.task}", summary)
         self.evaluated, self.evaluated_step = summary, step
         text = (
@@ -296,7 +301,10 @@ class _Run:
         )
         if "dropped_fraction" in summary:
             text += f", dropped {summary['dropped_fraction']:.2%}"
-        self.progress.say(text)
+        self.progress.say(text + scorecard.describe(decoded.means))
+        for task, metrics in decoded.by_task.items():
+            self.writer.write(step, f"eval/{task}", metrics)
+            self.progress.say(f"step {step}: {task}{scorecard.describe(metrics)}")
         if self.sample_batch is not None:
             self._write_samples(step, state)
 

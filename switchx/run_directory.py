@@ -28,6 +28,7 @@ class RunDirectory:
     model.json                the model's configuration
     metrics.jsonl             one row per logged step and split
     samples.jsonl             decoded examples
+    predictions/<step>/       what an evaluation's examples were answered, by task and split
     checkpoints/<step>/       parameters, optimizer, data position
     events.out.*              TensorBoard
     versions.json             packages, git revision, devices, mesh, command
@@ -193,6 +194,37 @@ class JsonLines:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
 
 
+def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Write a row of an evaluation into metrics.jsonl, after training or beside it.
+
+    A row of the same step and split is replaced. While a run writes there the row is only
+    appended, because its file must stay the same: of equal step and split the last row counts.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = directory / "metrics.jsonl"
+    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    key = row["step"], row["split"]
+    try:
+        lock = os.open(directory, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            with path.open("ab") as file:
+                file.write(text)
+        else:
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+            kept = [line + b"\n" for line in lines if _step(line) is not None and _key(line) != key]
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_bytes(b"".join([*kept, text]))
+            os.replace(temporary, path)
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
 class Nowhere:
     """Takes rows and keeps none: where processes write that do not write the run directory."""
 
@@ -210,6 +242,11 @@ def _step(line: bytes) -> int | None:
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if isinstance(step, int) else None
+
+
+def _key(line: bytes) -> tuple[Any, Any]:
+    row = parse_json(line)
+    return row["step"], row.get("split")
 
 
 def _finite(value: Any) -> Any:

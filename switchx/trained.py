@@ -1,36 +1,18 @@
-"""A trained model put to use: `evaluate` and `decode` what a run directory holds.
-
-Both take the `Experiment` a training run would, so that one gin file describes the run, its
-evaluation and its predictions. The parameters are those of `initial_checkpoint_path` if it is set,
-and else the newest in `model_dir`.
-"""
+"""A trained model: the checkpoints of a run directory, found and loaded."""
 
 import contextlib
-import itertools
-import json
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from switchx import distributed, sharding
-from switchx.data import pipeline
-from switchx.data.corpus import read_lines
-from switchx.data.seqio_batches import batched
-from switchx.errors import UserError
+from switchx.errors import UserError, parse_json
 from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
-from switchx.inference.config import DecodingConfig
-from switchx.inference.decoding import generate
-from switchx.inference.evaluation import evaluate as evaluate_batches
-from switchx.inference.evaluation import make_eval_step
-from switchx.models.t5 import T5
-from switchx.training.checkpoint import find_checkpoint, restore_from
-from switchx.training.metrics import summarizer
+from switchx.training.checkpoint import BEST_METRIC, METRICS, find_checkpoint, restore_from
 
 
 class Trained(NamedTuple):
@@ -53,8 +35,54 @@ class Trained(NamedTuple):
         return int(name) if name.isdigit() else None
 
 
-def load(experiment: Experiment) -> Trained:
-    """Read the parameters that an experiment's paths name.
+def find_checkpoints(run_directory: str, which: str = "last") -> list[pathlib.Path]:
+    """The checkpoints of a run that are meant, oldest first.
+
+    Args:
+      run_directory: a run's.
+      which: 'last', 'best' (the lowest metric that a checkpoint holds of its own evaluation, the
+        newest of equals), 'all', or a step.
+
+    Raises:
+      UserError: there is none of them; names those there are.
+    """
+    folder = pathlib.Path(run_directory).absolute() / "checkpoints"
+    last = find_checkpoint(folder)
+    steps = sorted(int(path.name) for path in last.parent.iterdir() if path.name.isdecimal())
+    if which == "all":
+        return [last.parent / str(step) for step in steps]
+    if which == "last":
+        return [last]
+    if which == "best":
+        scores = {step: _score(last.parent / str(step)) for step in steps}
+        known = {step: score for step, score in scores.items() if score is not None}
+        if not known:
+            raise UserError(f"no checkpoint in {folder} was evaluated; give --checkpoint=last")
+        return [last.parent / str(min(known, key=lambda step: (known[step], -step)))]
+    if which.isdecimal() and int(which) in steps:
+        return [last.parent / str(int(which))]
+    choices = ", ".join(map(str, steps))
+    raise UserError(f"{folder} has no checkpoint {which!r}; there are: last, best, all, {choices}")
+
+
+def _score(checkpoint: pathlib.Path) -> float | None:
+    """What the best checkpoint has the least of; None if the checkpoint was not evaluated."""
+    path = checkpoint / METRICS / METRICS
+    try:
+        return float(parse_json(path.read_bytes())[BEST_METRIC])
+    except OSError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} does not hold {BEST_METRIC!r}; is it damaged?") from None
+
+
+def load(experiment: Experiment, checkpoint: pathlib.Path | None = None) -> Trained:
+    """Read the parameters of a checkpoint.
+
+    Args:
+      experiment: has the model and the mesh.
+      checkpoint: None for the one that `initial_checkpoint_path` names if it is set, and else the
+        newest in `model_dir`.
 
     Raises:
       UserError: no checkpoint there, a damaged one, or one of another model.
@@ -62,169 +90,20 @@ def load(experiment: Experiment) -> Trained:
     mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
     use_compilation_cache(experiment)
-    path = experiment.initial_checkpoint_path
-    checkpoint = find_checkpoint(pathlib.Path(path or experiment.model_dir))
-    with _notes(), sharding.use(mesh, experiment.rules):
+    path = checkpoint or experiment.initial_checkpoint_path or experiment.model_dir
+    checkpoint = find_checkpoint(pathlib.Path(path))
+    with notes(), sharding.use(mesh, experiment.rules):
         abstract = plan_state(experiment, mesh).abstract
         params = restore_from(str(checkpoint), abstract, optimizer=False).params
     return Trained(params, checkpoint, mesh)
 
 
-def evaluate(experiment: Experiment, *, split: str = "validation") -> list[dict[str, Any]]:
-    """Teacher-forced metrics on a split, of every task of a mixture on its own.
-
-    Args:
-      experiment: `eval_steps` batches of each task are taken, None for all.
-      split: 'train', 'validation' or 'test'.
-
-    Returns:
-      A row for each task, as in metrics.jsonl: "step", "checkpoint", "split"
-      ("<split>/<task>"), "loss", "cross_entropy", "perplexity", "accuracy", and for sparse models
-      the router's statistics.
-    """
-    trained = load(experiment)
-    model = experiment.model
-    tasks = pipeline.task_names(experiment.data)
-    rows, batch_size = [], experiment.data.batch_size
-    with sharding.use(trained.mesh, experiment.rules):
-        where = sharding.batch_sharding(trained.mesh)
-        block, blocks = distributed.row_block(where, batch_size)
-        summary = summarizer(model)
-        eval_step = jax.jit(
-            make_eval_step(T5(model), experiment.loss),
-            out_shardings=NamedSharding(trained.mesh, PartitionSpec()),
-        )
-        for task in tasks:
-            with _notes():
-                batches = pipeline.build_eval(
-                    experiment.data,
-                    split=split,
-                    num_batches=experiment.eval_steps,
-                    task=task,
-                    process_index=block,
-                    process_count=blocks,
-                )
-            placed = (
-                distributed.place_rows(batch, where, batch_size)
-                for batch in _progress(batches, task, "batches")
-            )
-            sums = evaluate_batches(eval_step, trained.params, placed)
-            rows.append(
-                {
-                    "step": trained.step,
-                    "checkpoint": str(trained.checkpoint),
-                    "split": f"{split}/{task}",
-                    **summary(sums),
-                }
-            )
-    return rows
-
-
-def decode(experiment: Experiment, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """Greedy predictions for texts, in order, `batch_size` at a time.
-
-    Inputs longer than the experiment's encoder length are cut, and counted aloud. Sentinels may be
-    written as <extra_id_0>. A prediction does not depend on the texts around it.
-
-    Yields:
-      "inputs" and "prediction", and "truncated" where an input was cut.
-    """
-    trained = load(experiment)
-    length, max_length = experiment.lengths
-    rows, truncated = experiment.data.batch_size, 0
-    with sharding.use(trained.mesh, experiment.rules):
-        where = sharding.batch_sharding(trained.mesh)
-        block, blocks = distributed.row_block(where, rows)
-        held = slice(block * rows // blocks, (block + 1) * rows // blocks)
-        for batch in batched(iter(_progress(texts, "decode", "texts")), rows):
-            ids = [pipeline.encode_text(experiment.data, text) for text in batch]
-            tokens = np.zeros((rows, length), np.int32)
-            for index, example in enumerate(ids):
-                kept = min(len(example), length)
-                tokens[index, :kept] = example[:kept]
-                tokens[index, kept - 1] = example[-1]  # EOS, also where the text was cut
-            predictions = jax.device_get(
-                generate(
-                    experiment.model,
-                    trained.params,
-                    distributed.place_rows(tokens[held], where, rows),
-                    DecodingConfig(max_new_tokens=max_length),
-                    encoder_task_ids=distributed.place_rows(
-                        np.zeros_like(tokens[held]), where, rows
-                    ),
-                ).tokens[:, 0]
-            )
-            for text, example, prediction in zip(batch, ids, predictions, strict=False):
-                row: dict[str, Any] = {
-                    "inputs": text,
-                    "prediction": pipeline.decode_tokens(experiment.data, prediction),
-                }
-                if len(example) > length:
-                    row["truncated"] = len(example) - length
-                    truncated += 1
-                yield row
-    if truncated:
-        print(
-            f"{truncated} input(s) were longer than TASK_FEATURE_LENGTHS['inputs'] = {length} "
-            "tokens and were cut",
-            file=sys.stderr,
-        )
-
-
-def write_rows(rows: Iterable[dict[str, Any]], output: str | None) -> None:
-    """Write rows as JSON lines to a file, or to standard output if `output` is None.
-
-    Of several processes, which all make the rows together, the first one writes them.
-
-    Raises:
-      UserError: the file exists or cannot be written.
-    """
-    if output is None or not distributed.is_first():
-        for row in rows:
-            print(json.dumps(row, ensure_ascii=False), flush=True)
-        return
-    if pathlib.Path(output).exists():
-        raise UserError(f"--output={output} exists; choose another or remove it")
-    # The first row before the file: what ends in an error leaves no empty one in the way.
-    rows = iter(rows)
-    first = list(itertools.islice(rows, 1))
-    try:
-        file = open(output, "x", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror}") from None
-    with file:
-        for row in itertools.chain(first, rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-
-
-def read_texts(path: str) -> Iterator[str]:
-    """Lines of a UTF-8 text file (.gz and .xz too) or, for '-', of standard input.
-
-    Raises:
-      UserError: not UTF-8; standard input of several processes.
-    """
-    if path == "-" and jax.process_count() > 1:
-        raise UserError("several processes do not share standard input; give --inputs=FILE")
-    lines = _standard_input() if path == "-" else read_lines(pathlib.Path(path))
-    return (line.rstrip("\r\n") for line in lines)
-
-
-def _standard_input() -> Iterator[str]:
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError:
-            raise UserError(
-                f"standard input, line {number}: not UTF-8 text; convert it to UTF-8"
-            ) from None
-
-
-def _notes() -> contextlib.redirect_stdout:
-    """What is said along the way goes to standard error; standard output is for the rows."""
+def notes() -> contextlib.redirect_stdout:
+    """A context in which what is said goes to standard error: standard output is for results."""
     return contextlib.redirect_stdout(sys.stderr if distributed.is_first() else sys.stdout)
 
 
-def _progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+def progress(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+    """The items; on a terminal the first process shows their rate and the time left."""
     quiet = None if distributed.is_first() else True
     return tqdm(items, desc=what, disable=quiet, leave=False, unit=f" {unit}")

@@ -13,7 +13,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init_
 
 # In the order of the data: a file imports only from its own line and those above it.
 ORDER = (
-    ("errors", "batch", "process", "run_directory", "distributed"),
+    ("errors", "batch", "process", "reconstruction", "run_directory", "distributed"),
     ("data",),
     ("sharding",),
     ("moe",),
@@ -23,7 +23,7 @@ ORDER = (
     ("interop",),
     ("experiment",),
     ("overview",),
-    ("run", "trained", "command_line", "configuration"),
+    ("run", "trained", "scorecard", "predictions", "harness", "command_line", "configuration"),
     ("research",),
 )
 

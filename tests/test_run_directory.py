@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from switchx.errors import UserError
-from switchx.run_directory import JsonLines, RunDirectory, versions
+from switchx.run_directory import JsonLines, RunDirectory, put_row, versions
 
 CONFIG = {"model": {"d_model": 8, "layers": [1, 2]}, "train_steps": 5}
 
@@ -131,3 +131,35 @@ def test_versions_name_packages_and_command():
     found = versions([], {"data": 2})
     assert found["packages"]["jax"] and found["mesh"] == {"data": 2}
     assert found["command"] == sys.argv
+
+
+def test_rows_of_an_evaluation_replace_their_like(tmp_path):
+    def rows() -> list[dict]:
+        return [json.loads(line) for line in (tmp_path / "metrics.jsonl").open()]
+
+    old = {"step": 2, "split": "test/x", "loss": 1.0}
+    put_row(tmp_path, old)
+    put_row(tmp_path, {"step": 2, "split": "train", "loss": 3.0})
+    put_row(tmp_path, {"step": 4, "split": "test/x", "loss": float("nan")})
+    assert rows()[0] == old and rows()[2]["loss"] is None
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "spl')  # cut off, as by a kill
+    put_row(tmp_path, old | {"loss": 2.0})
+    assert [(row["step"], row["split"]) for row in rows()] == [
+        (2, "train"),
+        (4, "test/x"),
+        (2, "test/x"),
+    ]
+
+
+def test_rows_are_only_appended_beside_a_running_run(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    written = JsonLines(tmp_path / "metrics.jsonl", last_step=0)
+    put_row(tmp_path, {"step": 1, "split": "test/x"})
+    put_row(tmp_path, {"step": 1, "split": "test/x"})
+    written.write({"step": 2, "split": "train"})
+    written.close()
+    directory.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
+        put_row(tmp_path / "none", {"step": 1, "split": "test/x"})

@@ -7,13 +7,13 @@ is imported, by the first `build_*` call.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from switchx.batch import Batch
-from switchx.data import seqio_batches, token_batches, tokenization
+from switchx.data import corpus, seqio_batches, token_batches, tokenization
 from switchx.data import vocabulary as vocabularies
 from switchx.data.mixtures import EMBEDDED as EMBEDDED_MIXTURES
 from switchx.data.mixtures import Mixture, mixing_rates
@@ -22,7 +22,8 @@ from switchx.data.prefetch import Prefetcher, Seekable
 from switchx.data.seqio_batches import FEATURES, SeqioBatches, batched
 from switchx.data.span_corruption import EOS, MEAN_SPAN_LENGTH, NOISE_DENSITY, span_lengths
 from switchx.data.tasks import EMBEDDED as EMBEDDED_TASKS
-from switchx.data.tasks import FileTask, TfdsTask, check_not_empty
+from switchx.data.tasks import EMBEDDED_SUPERVISED, FileTask, TfdsTask, check_not_empty
+from switchx.data.text_metrics import METRICS, Scores
 from switchx.data.token_batches import Member, TokenBatches, Window
 from switchx.errors import UserError, check_range, check_types, closest
 
@@ -140,6 +141,46 @@ def task_names(config: DataConfig) -> tuple[str, ...]:
     return tuple(_task_names(config, config.mixture_or_task_name)[0])
 
 
+def splits(config: DataConfig, task: str) -> tuple[str, ...]:
+    """Names of a task's splits.
+
+    Raises:
+      UserError: unknown name.
+    """
+    if task in EMBEDDED_SUPERVISED:
+        return corpus.SPLITS
+    own = next((each for each in config.tasks if each.name == task), None)
+    return tuple(own.splits if isinstance(own, FileTask) else _find(config, task).splits)
+
+
+def label_options(config: DataConfig, task: str) -> tuple[str, ...] | None:
+    """The labels of a classification task, in an order that is always the same; None for others."""
+    if "accuracy" not in EMBEDDED_SUPERVISED.get(task, ()):
+        return None
+    return tuple(sorted({each["targets"] for each in corpus.embedded_task(task, "train")}))
+
+
+def metric_functions(config: DataConfig, task: str) -> tuple[Callable[..., Scores], ...]:
+    """The metrics of a task, from (targets, predictions) to scores by name."""
+    own = {declared.name: declared for declared in config.tasks}
+    names = EMBEDDED_SUPERVISED.get(task) or getattr(own[task], "metrics", ())
+    return tuple(METRICS[name] for name in names)
+
+
+def examples(config: DataConfig, task: str, split: str) -> Sequence[corpus.Example]:
+    """Every example of a split as text, in the order of `build_eval`, not cut.
+
+    Raises:
+      UserError: unknown name or split; whatever is wrong with the data.
+    """
+    check_split(task, split, splits(config, task))
+    if task in EMBEDDED_SUPERVISED:
+        return corpus.embedded_task(task, split)
+    declared = next(each for each in config.tasks if each.name == task)
+    assert isinstance(declared, FileTask)
+    return declared.examples(split)
+
+
 def knows_tasks(config: DataConfig) -> bool:
     """Whether batches say whose task a token is: not where a mixture streams through seqio."""
     names = task_names(config)
@@ -238,7 +279,7 @@ def build_eval(
     name = config.mixture_or_task_name if task is None else task
     members = _cached(config, name)
     if members is not None:
-        _check_split(name, split, sorted({s for m in members for s in m.cache.splits}))
+        check_split(name, split, sorted({s for m in members for s in m.cache.splits}))
         parts = [
             token_batches.rows_in_order(config, member, split, EVAL_SEED)
             for member in sorted(members, key=lambda member: member.name)
@@ -312,7 +353,7 @@ def _cached(config: DataConfig, name: str) -> list[Member] | None:
     rates = {name: 1.0}
     if mixture is not None:
         for task, cache in caches.items():
-            _check_split(task, "train", cache.splits)
+            check_split(task, "train", cache.splits)
         rates = mixing_rates(mixture, {t: c.num_examples("train") for t, c in caches.items()})
     # Numbered in the mixture that is trained on, also where one of its tasks is evaluated alone.
     order = _task_names(config, config.mixture_or_task_name)[0]
@@ -332,7 +373,7 @@ def _find(config: DataConfig, name: str) -> Any:
 
 def _provider(config: DataConfig, split: str, name: str) -> Any:
     provider = _find(config, name)
-    _check_split(name, split, provider.splits)
+    check_split(name, split, provider.splits)
     return provider
 
 
@@ -340,7 +381,8 @@ def _members(provider: Any) -> list[Any]:
     return list(getattr(provider, "tasks", [provider]))
 
 
-def _check_split(name: str, split: str, splits: Iterable[str]) -> None:
+def check_split(name: str, split: str, splits: Iterable[str]) -> None:
+    """Raise UserError unless a task has the split."""
     if split not in splits:
         raise UserError(f"task {name!r} has no split {split!r}{closest(split, splits)}")
 

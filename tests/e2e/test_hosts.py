@@ -29,7 +29,7 @@ FIRST_SLURM_PORT = 2**16 - 2**12
 MESH = "{'data': 2, 'expert': 2}"
 TIMING = ("tokens_per_second", "step_seconds", "mfu")
 # Processes fork from one that has done the imports, and nothing of JAX.
-PRELOADED = ["switchx.configuration", "switchx.run", "switchx.trained"]
+PRELOADED = ["switchx.configuration", "switchx.run", "switchx.scorecard"]
 
 
 def script(
@@ -48,8 +48,9 @@ def script(
     os.close(output)
     os.chdir(ROOT)
     os.environ.update(environment)
-    from switchx import command_line, configuration, run, trained
+    from switchx import command_line, configuration, predictions, run, scorecard, trained
     from switchx.experiment import Experiment
+    from switchx.inference.config import DecodingConfig
 
     sys.argv = [f"scripts/{task}.py", *arguments]
     if task == "train":
@@ -57,8 +58,16 @@ def script(
 
     def evaluate_and_decode() -> None:
         experiment, _ = configuration.parse(Experiment, configuration.flag_parser(""))
-        trained.write_rows(trained.evaluate(experiment), None)
-        trained.write_rows(trained.decode(experiment, ["one", "two words", "and three"]), None)
+        evaluated = scorecard.evaluate(experiment, metrics=("loss",))
+        rows = [{"inputs": text} for text in ("one", "two words", "and three")]
+        predicted = predictions.predict(
+            experiment,
+            trained.find_checkpoints(experiment.model_dir)[0],
+            DecodingConfig(max_new_tokens=experiment.lengths[1]),
+            enumerate(rows),
+        )
+        for row in [*(each.row for each in evaluated), *predicted]:
+            print(json.dumps(row), flush=True)
 
     if task == "evaluate":
         command_line.run(evaluate_and_decode)

@@ -1,6 +1,5 @@
 """Decoding against Hugging Face's `generate` and against slow loops over the whole model."""
 
-import dataclasses
 import pathlib
 
 import jax
@@ -128,63 +127,6 @@ def test_greedy_is_the_whole_models_choice_at_every_step():
         np.testing.assert_allclose(score, chosen[~ended].sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_a_row_depends_on_no_other_row_whatever_is_drawn(scan_layers):
-    config, params = small(scan_layers=scan_layers)
-    decoding = DecodingConfig(
-        max_new_tokens=LENGTH, do_sample=True, num_return_sequences=3, top_p=0.9
-    )
-    key, tokens = jax.random.key(7), rows()
-    together = generate(config, params, jnp.asarray(tokens), decoding, rng=key)
-    assert len({tuple(row) for row in np.asarray(together.tokens).reshape(-1, LENGTH)}) > 6
-    order = np.asarray([3, 1, 2, 0])
-    other = generate(
-        config, params, jnp.asarray(tokens[order]), decoding, rng=key, row_ids=jnp.asarray(order)
-    )
-    np.testing.assert_array_equal(other.tokens, np.asarray(together.tokens)[order])
-    np.testing.assert_allclose(other.scores, np.asarray(together.scores)[order], rtol=1e-5)
-
-
-def slow_beams(config, params, row, *, beams, penalty):
-    """All continuations of the beams at once, with the rules of `beam_search` written out."""
-    running, finished = [(0.0, [])], []
-    for length in range(1, LENGTH + 1):
-        candidates = []
-        for score, tokens in running:
-            log_probs = teacher_forced(config, params, row, np.asarray([*tokens, PAD_ID]))[-1]
-            candidates += [(score + log_probs[t], [*tokens, t]) for t in range(len(log_probs))]
-        candidates = sorted(candidates, reverse=True)[: 2 * beams]
-        ends = [tokens[-1] == EOS_ID or length == LENGTH for _, tokens in candidates]
-        finished += [
-            (score / length**penalty, tokens)
-            for (score, tokens), end in zip(candidates[:beams], ends, strict=False)
-            if end
-        ]
-        finished = sorted(finished, reverse=True)[:beams]
-        running = [each for each, end in zip(candidates, ends, strict=True) if not end][:beams]
-        if not running or (
-            len(finished) == beams and running[0][0] / length**penalty <= finished[-1][0]
-        ):
-            break
-    return finished
-
-
-def test_beam_search_is_the_search_by_hand():
-    config, params = small(num_encoder_layers=1, num_decoder_layers=1, sparse_every=1)
-    params["token_embedder"]["embedding"] *= 0.5
-    decoding = DecodingConfig(
-        max_new_tokens=LENGTH, num_beams=3, num_return_sequences=3, length_penalty=0.5
-    )
-    found = generate(config, params, jnp.asarray(rows()), decoding)
-    for number in (0, 3):
-        expected = slow_beams(config, params, rows()[number], beams=3, penalty=0.5)
-        for (score, tokens), mine, my_score in zip(
-            expected, found.tokens[number], found.scores[number], strict=True
-        ):
-            np.testing.assert_array_equal(mine[: len(tokens)], tokens)
-            np.testing.assert_allclose(my_score, score, rtol=1e-4)
-
-
 def test_a_prompt_is_decoded_on():
     config, params = small(scan_layers=True)
     decoding = DecodingConfig(max_new_tokens=LENGTH, eos_token_id=None)
@@ -221,60 +163,3 @@ def test_after_end_of_sequence_there_is_only_padding():
         end = row.tolist().index(EOS_ID)
         assert row[:end].tolist() == [7] * end
         assert row[end + 1 :].tolist() == [PAD_ID] * (LENGTH - end - 1)
-
-
-def test_sampling_without_a_key_is_refused():
-    config, params = small()
-    with pytest.raises(UserError, match="do_sample needs a key"):
-        generate(config, params, jnp.asarray(rows()), DecodingConfig(do_sample=True))
-
-
-@pytest.mark.parametrize("router", ["top_k", "hash", "loss_free"])
-def test_steps_with_a_cache_are_the_whole_decoder_for_every_kind_of_router(router):
-    changes = {"router": router, **({"top_k": 2} if router in ("top_k", "loss_free") else {})}
-    config = small_config()
-    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
-    params, model = random_params(config, seed=4), T5(dropless(config))
-    variables, tasks = {"params": params}, np.zeros((4, 9), np.int32)
-    mask = rows() != PAD_ID
-    tokens = np.random.default_rng(3).integers(2, 61, (4, LENGTH)).astype(np.int32)
-
-    @jax.jit
-    def whole(tokens):
-        encoded = model.apply(
-            variables, rows(), encoder_mask=mask, encoder_task_ids=tasks, method="encode"
-        )
-        states, _ = model.apply(
-            variables,
-            tokens,
-            encoded,
-            encoder_mask=mask,
-            decoder_task_ids=tasks[:, :LENGTH],
-            method="decode",
-        )
-        return encoded, states
-
-    encoded, expected = whole(tokens)
-    start = jax.jit(
-        lambda first: model.apply(
-            variables,
-            first,
-            encoded,
-            encoder_mask=mask,
-            length=LENGTH,
-            task_ids=tasks[:, :2],
-            method="start",
-        )
-    )
-    extend = jax.jit(
-        lambda token, cache: model.apply(
-            variables, token, cache, encoder_mask=mask, task_ids=tasks[:, :1], method="extend"
-        )
-    )
-    states, cache = start(tokens[:, :2])
-    found = [states]
-    for place in range(2, LENGTH):
-        states, cache = extend(tokens[:, place : place + 1], cache)
-        found.append(states)
-    assert cache.length == LENGTH
-    np.testing.assert_allclose(np.concatenate(found, axis=1), expected, rtol=1e-4, atol=1e-5)
