@@ -42,7 +42,8 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     found = generate(config, params, inputs, decoding, rng=jax.random.key(0))
     tokens, counts = np.unique(np.asarray(found.tokens), return_counts=True)
     assert len(tokens) == 4
-    probabilities = {int(t): np.exp(s) for t, s in zip(found.tokens[0, :, 0], found.scores[0])}
+    drawn = zip(found.tokens[0, :, 0], np.exp(found.scores[0]), strict=True)
+    probabilities = {int(token): probability for token, probability in drawn}
     np.testing.assert_allclose(sum(probabilities.values()), 1, rtol=1e-4)
     expected = np.asarray([probabilities[int(token)] for token in tokens])
     assert np.all(np.abs(counts / 2000 - expected) < 5 * np.sqrt(expected * (1 - expected) / 2000))
