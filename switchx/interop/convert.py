@@ -98,7 +98,9 @@ def describe(converted: Converted) -> str:
     lines = [
         f"{kind}: {config.num_encoder_layers}+{config.num_decoder_layers} layers, d_model "
         f"{config.d_model}, vocabulary {config.vocab_size}, {config.num_params:,} parameters",
-        f"written to {converted.run_directory}; train, evaluate and decode with",
+        f"written to {converted.run_directory}; evaluate with",
+        f"  scripts/evaluate.py {converted.run_directory} --tasks=...",
+        "train and decode with",
         "  --gin_file=gin_configs/runs/from_checkpoint.gin "
         f"--gin.INITIAL_CHECKPOINT_PATH={converted.run_directory}",
     ]

@@ -58,7 +58,12 @@ def script(
 
     def evaluate_and_decode() -> None:
         experiment, _ = configuration.parse(Experiment, configuration.flag_parser(""))
-        evaluated = scorecard.evaluate(experiment, metrics=("loss",))
+        evaluated = [
+            *scorecard.evaluate(experiment, metrics=("loss",)),
+            *scorecard.evaluate(
+                experiment, tasks=["wn_syn_ant"], metrics=("decoded", "ranked"), num_examples=5
+            ),
+        ]
         rows = [{"inputs": text} for text in ("one", "two words", "and three")]
         predicted = predictions.predict(
             experiment,
@@ -314,7 +319,9 @@ def test_several_processes_evaluate_and_decode(hosts, unbroken):
     assert codes == [0, 0], outputs
     found = [json.loads(line) for line in outputs[0].splitlines() if line.startswith("{")]
     assert not [line for line in outputs[1].splitlines() if line.startswith("{")]
-    evaluated, *decoded = found
+    evaluated, judged, *decoded = found
     trained = next(row for row in rows(unbroken) if row["split"].startswith("eval/"))
     assert evaluated["loss"] == trained["loss"]
+    assert judged["split"] == "validation/wn_syn_ant" and judged["num_examples"] == 5
+    assert {"decoded_accuracy", "ranked_accuracy"} < set(judged)
     assert [row["inputs"] for row in decoded] == ["one", "two words", "and three"]
