@@ -30,7 +30,9 @@ def target_of(example: Mapping[str, str]) -> Target:
     The references, a list of strings; for examples with a 'group' or a 'label' a mapping with
     these and the 'references'.
     """
-    references = example.get("references", example["targets"]).split("\n")
+    # A target of a user's own may have several lines; references are one a line.
+    listed = example.get("references")
+    references = [example["targets"]] if listed is None else listed.split("\n")
     more = {key: example[key] for key in ("group", "label") if key in example}
     return {"references": references, **more} if more else references
 

@@ -155,6 +155,7 @@ def test_bound_metrics_are_what_seqio_takes_for_one_of_predictions():
 
 def test_targets_of_examples():
     assert tm.target_of({"inputs": "i", "targets": "a"}) == ["a"]
+    assert tm.target_of({"targets": "two\nlines"}) == ["two\nlines"]
     assert tm.target_of({"targets": "a", "references": "a\nb"}) == ["a", "b"]
     row = {"targets": "a", "group": "7", "label": "True"}
     assert tm.target_of(row) == {"references": ["a"], "group": "7", "label": "True"}
