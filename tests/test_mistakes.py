@@ -51,6 +51,18 @@ print(json.dumps(results))
 FILES = {
     "empty.txt": "",
     "broken.jsonl": '{"inputs": "a", "targets": "b"}\n{"inputs": \n',
+    "empty.csv": "",
+    "broken.csv": 'inputs,targets\na,b\n"c,d\n',
+    "pairs.csv": "question,answer\n" + "a,b\n" * 20,
+    "labels.jsonl": '{"inputs": "a", "targets": "yes"}\n' * 20
+    + '{"inputs": "b", "targets": "noo"}\n',
+    "long.jsonl": '{"inputs": "a", "targets": "'
+    + "so it goes on " * 20
+    + '"}\n' * 1
+    + '{"inputs": "b", "targets": "'
+    + "and never ends " * 20
+    + '"}\n',
+    "templates.json": '{"tasks": {"date_iso": {"templates": [{"name": "x", "inputs": "{dte}"}]}}}',
     "columns.jsonl": '{"question": "a", "targets": "b"}\n' * 50,
     "twice.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = 5\nTRAIN_STEPS = 6\n",
     "syntax.gin": "include 'gin_configs/switch_tiny.gin'\nTRAIN_STEPS = = 5\n",
@@ -84,6 +96,21 @@ FILES = {
         """
     ),
     "text.gin": "include 'gin_configs/switch_tiny.gin'\ninclude 'gin_configs/data/text_file.gin'\n",
+    "pairs.gin": "include 'gin_configs/switch_tiny.gin'\n"
+    "include 'gin_configs/data/jsonl_file.gin'\n",
+    "zero.gin": textwrap.dedent(
+        """
+        from __gin__ import dynamic_registration
+        from switchx.data import mixtures
+        from switchx.data import pipeline
+        include 'gin_configs/switch_tiny.gin'
+        MIXTURE_OR_TASK_NAME = 'mine'
+        pipeline.DataConfig.tasks = [@mixtures.Mixture()]
+        mixtures.Mixture.name = 'mine'
+        mixtures.Mixture.tasks = ['date_iso', 'wn_syn_ant']
+        mixtures.Mixture.rates = {'date_iso': 0, 'wn_syn_ant': 0.0}
+        """
+    ),
     "supervised.gin": textwrap.dedent(
         """
         from __gin__ import dynamic_registration
@@ -300,6 +327,47 @@ CASES = {
     "missing column": (
         ["--gin_file={tmp}/supervised.gin", "--gin.TEXT_FILES={tmp}/columns.jsonl"],
         ["columns.jsonl", "inputs", "question"],
+    ),
+    "empty table": (
+        ["--gin_file={tmp}/pairs.gin", "--gin.TASK_FILES={tmp}/empty.csv"],
+        ["empty.csv", "holds no example"],
+    ),
+    "broken table": (
+        ["--gin_file={tmp}/pairs.gin", "--gin.TASK_FILES={tmp}/broken.csv"],
+        ["broken.csv:3", "not valid CSV"],
+    ),
+    "missing column of a table": (
+        ["--gin_file={tmp}/pairs.gin", "--gin.TASK_FILES={tmp}/pairs.csv"],
+        ["pairs.csv:2", "no column 'inputs'", "found 'question', 'answer'"],
+    ),
+    "label outside the options": (
+        [
+            "--gin_file={tmp}/pairs.gin",
+            "--gin.TASK_FILES={tmp}/labels.jsonl",
+            "--gin.FileTask.options=['yes', 'no']",
+        ],
+        ["labels.jsonl:21", "targets 'noo' is none of the options", "'no'"],
+    ),
+    "targets longer than their length": (
+        ["--gin_file={tmp}/pairs.gin", "--gin.TASK_FILES={tmp}/long.jsonl"],
+        ["1 of 1 targets (train)", "TASK_FEATURE_LENGTHS['targets'] = 29", "set 'targets': "],
+    ),
+    "labels longer than the targets": (
+        [
+            TINY,
+            "--gin.MIXTURE_OR_TASK_NAME=sotu_period",
+            "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 8}",
+        ],
+        ["sotu_period", "label '1", "11 tokens", "'targets': 11 or more"],
+    ),
+    "rates that sum to zero": (["--gin_file={tmp}/zero.gin"], ["rates of 'mine' sum to zero"]),
+    "field that a template's task lacks": (
+        [
+            TINY,
+            "--gin.MIXTURE_OR_TASK_NAME=embedded_instructions",
+            "--gin.DataConfig.templates={tmp}/templates.json",
+        ],
+        ["templates.json", "'x' of task 'date_iso' has no field 'dte'", "'date'"],
     ),
     "directory of another configuration": (
         [TINY, "--gin.MODEL_DIR={tmp}/other", "--gin.CAPACITY_FACTOR=2.0"],

@@ -4,10 +4,12 @@ Everything is read into memory, so a file is checked to its last line before tra
 that does not fit belongs in TFDS.
 """
 
+import csv
 import functools
 import glob
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -18,13 +20,14 @@ from switchx.errors import UserError, closest, parse_json
 
 EMBEDDED = pathlib.Path(__file__).parent / "embedded"
 SPLITS = ("train", "validation", "test")
-FORMATS = ("jsonl", "tsv", "text")
+FORMATS = ("jsonl", "tsv", "csv", "text")
 PIECE_CHARACTERS = 2000
 
 _FORMAT_OF_SUFFIX = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".tsv": "tsv",
+    ".csv": "csv",
     ".txt": "text",
     ".text": "text",
     ".md": "text",
@@ -54,7 +57,7 @@ def read_embedded(relative_path: str) -> bytes:
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != checksums()[relative_path]:
         raise UserError(f"embedded file {relative_path!r} is damaged; reinstall switchx")
-    return {".gz": gzip.decompress, ".xz": lzma.decompress}[path.suffix](raw)
+    return {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)(raw)
 
 
 @functools.lru_cache(maxsize=2)
@@ -116,7 +119,7 @@ def checksum(path: pathlib.Path) -> str:
 
 
 def file_format(path: pathlib.Path) -> str:
-    """'jsonl', 'tsv' or 'text', by the file's extension (under .gz or .xz)."""
+    """'jsonl', 'tsv', 'csv' or 'text', by the file's extension (under .gz or .xz)."""
     suffixes = [s for s in path.suffixes if s not in _OPENERS]
     found = _FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "")
     if found is None:
@@ -128,14 +131,19 @@ def file_format(path: pathlib.Path) -> str:
 
 
 def read_files(
-    paths: Sequence[pathlib.Path], fields: Mapping[str, str], file_format_name: str | None = None
+    paths: Sequence[pathlib.Path],
+    fields: Mapping[str, str],
+    file_format_name: str | None = None,
+    options: Sequence[str] | None = None,
 ) -> list[Example]:
     """Examples of the files in order. `fields` maps names wanted to field names in the files.
 
-    Plain text has no fields: its pieces come under the only name wanted.
+    Plain text has no fields: its pieces come under the only name wanted. With `options` every
+    'targets' must be one of them.
 
     Raises:
-      UserError: an unreadable or broken file (with the line), a missing field, no example.
+      UserError: an unreadable or broken file (with the line), a missing field, a target that is
+        no option, no example.
     """
     examples: list[Example] = []
     for path in paths:
@@ -144,11 +152,15 @@ def read_files(
             (name,) = fields
             found = [{name: piece} for piece in pieces(_read(path))]
         else:
-            rows = _json_rows(path) if kind == "jsonl" else _tsv_rows(path)
-            found = [
-                {name: _field(row, field, where) for name, field in fields.items()}
-                for where, row in rows
-            ]
+            found = []
+            for where, row in _ROWS[kind](path):
+                found.append({name: _field(row, field, where) for name, field in fields.items()})
+                if options is not None and found[-1]["targets"] not in options:
+                    label = found[-1]["targets"]
+                    raise UserError(
+                        f"{where}: {fields['targets']} {label!r} is none of the options"
+                        f"{closest(label, options)}"
+                    )
         if not found:
             raise UserError(f"file {str(path)!r} holds no example; it is empty")
         examples += found
@@ -263,11 +275,38 @@ def _json_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]
 
 def _tsv_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]:
     lines = _read(path).replace("\r\n", "\n").split("\n")
-    columns = lines[0].split("\t")
-    for number, line in enumerate(lines[1:], start=2):
-        if not line.strip():
-            continue
-        values = line.split("\t")
+    rows = ((number, line.split("\t")) for number, line in enumerate(lines, 1) if line.strip())
+    return _table(path, rows)
+
+
+def _csv_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]:
+    return _table(path, _csv_values(path))
+
+
+def _csv_values(path: pathlib.Path) -> Iterator[tuple[int, list[str]]]:
+    # Line ends in quotes belong to the value; the reader gets the text with all of them.
+    reader = csv.reader(io.StringIO(_read(path), newline=""), strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}:{number}: not valid CSV ({error})") from error
+        if values is None:
+            return
+        if values:
+            yield number, values
+
+
+def _table(
+    path: pathlib.Path, rows: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Rows under the columns that the first one names, each with its file and line."""
+    number, columns = next(rows, (0, []))
+    for column in columns:
+        if columns.count(column) > 1:
+            raise UserError(f"{path}:{number}: the header names column {column!r} twice")
+    for number, values in rows:
         if len(values) != len(columns):
             raise UserError(
                 f"{path}:{number}: {len(values)} columns where the header has {len(columns)}"
@@ -275,9 +314,16 @@ def _tsv_rows(path: pathlib.Path) -> Iterator[tuple[str, Mapping[str, object]]]:
         yield f"{path}:{number}", dict(zip(columns, values, strict=True))
 
 
+_ROWS = {"jsonl": _json_rows, "tsv": _tsv_rows, "csv": _csv_rows}
+
+
 def _field(row: Mapping[str, object], field: str, where: str) -> str:
     if field not in row:
-        raise UserError(f"{where}: no field {field!r}{closest(field, map(str, row))}")
+        hint = closest(field, map(str, row))
+        found = ", ".join(map(repr, row)) or "none"
+        raise UserError(
+            f"{where}: no column {field!r}; found {found}{hint if 'did you mean' in hint else ''}"
+        )
     value = row[field]
     if isinstance(value, str):
         return value

@@ -1,8 +1,8 @@
 """A split of a supervised task as evaluation asks it: inputs, what counts as right, and metrics.
 
-Embedded tasks and a `FileTask` are read without TensorFlow. Others (TFDS, seqio's registry) come
-from seqio with their own postprocessors and metric functions; for both the numbers are those of
-seqio's Evaluator.
+Tasks of `catalog` are texts (read without TensorFlow, but for TFDS). Those that Python code has put
+into seqio's registry come with their own postprocessors and metric functions; for both the numbers
+are those of seqio's Evaluator.
 """
 
 import dataclasses
@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switchx.data import pipeline, tokenization
+from switchx.data import catalog, pipeline, text_metrics, tokenization
 from switchx.data import vocabulary as vocabularies
 from switchx.data.span_corruption import EOS
-from switchx.data.tasks import EMBEDDED_SUPERVISED, FileTask
 from switchx.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,16 +93,11 @@ def build(
     if tokenization.objective(config, name) != "supervised":
         return None
     names = pipeline.task_names(config)
-    read = _from_texts if _is_declared(config, name) else _from_seqio
+    read = _from_seqio if catalog.find_task(config, name) is None else _from_texts
     task = read(config, name, split, num_examples)
     if not task.examples:
         raise UserError(f"split {split!r} of task {name!r} has no example to evaluate on")
     return dataclasses.replace(task, task_id=names.index(name) if name in names else 0)
-
-
-def _is_declared(config: "DataConfig", name: str) -> bool:
-    own = {declared.name: declared for declared in config.tasks}
-    return isinstance(own.get(name), FileTask) or name in EMBEDDED_SUPERVISED
 
 
 def _from_texts(config: "DataConfig", name: str, split: str, num_examples: int | None) -> EvalTask:
@@ -115,16 +109,12 @@ def _from_texts(config: "DataConfig", name: str, split: str, num_examples: int |
         [
             _example(config, (example["inputs"], inputs), (example["targets"], targets), target)
             for example, inputs, targets, target in zip(
-                examples, *sides, map(_target, examples), strict=True
+                examples, *sides, map(text_metrics.target_of, examples), strict=True
             )
         ],
         pipeline.label_options(config, name),
         pipeline.metric_functions(config, name),
     )
-
-
-def _target(example: Mapping[str, str]) -> list[str]:
-    return example.get("references", example["targets"]).split("\n")
 
 
 def _encode(config: "DataConfig", texts: Sequence[str]) -> list[np.ndarray]:

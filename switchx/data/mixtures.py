@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from switchx.data import glue
+from switchx.data.instructions import SUFFIX
 from switchx.data.tasks import check_name, freeze_strings
 from switchx.errors import UserError, check_choice, check_range, check_types, closest
 
@@ -16,7 +18,8 @@ class Mixture:
     `rates` is 'proportional' to the number of training examples, 'capped' (the same with each
     number cut off at `maximum`), 'tempered' (capped if there is a `maximum`, then to the power of
     1 / `temperature`), or a mapping from task names to relative rates. A text task counts its
-    source texts, not the rows they are cut into. Source: Raffel et al. 2020, section 3.5.2.
+    source texts, not the rows they are cut into. A task of rate 0 is evaluated, not trained on.
+    Source: Raffel et al. 2020, section 3.5.2.
     """
 
     name: str
@@ -47,11 +50,16 @@ class Mixture:
             if name not in self.tasks:
                 hint = closest(str(name), self.tasks)
                 raise UserError(f"Mixture.rates names {name!r}, not a task of the mixture{hint}")
-            if not _positive(rate):
-                raise UserError(f"Mixture.rates[{name!r}] = {rate!r} must be a positive number")
+            if not _is_rate(rate):
+                raise UserError(f"Mixture.rates[{name!r}] = {rate!r} must be a number from 0 on")
         missing = [name for name in self.tasks if name not in rates]
         if missing:
             raise UserError(f"Mixture.rates has no rate for {missing[0]!r}")
+        if not sum(rates.values()):
+            raise UserError(
+                f"Mixture.rates of {self.name!r} sum to zero: nothing is left to train on; give a "
+                "task a positive rate"
+            )
 
 
 def mixing_rates(mixture: Mixture, num_examples: Mapping[str, int]) -> dict[str, float]:
@@ -68,11 +76,14 @@ def mixing_rates(mixture: Mixture, num_examples: Mapping[str, int]) -> dict[str,
     return {name: weight / total for name, weight in weights.items()}
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+def _is_rate(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 <= value < float("inf")
 
 
-_INSTRUCTIONS = (
+# sotu_period and wn_define are in no mixture: they are kept for measuring transfer.
+_TASKS = (
     "wn_supersense",
     "wn_hypernym_nli",
     "wn_syn_ant",
@@ -83,19 +94,36 @@ _INSTRUCTIONS = (
     "date_iso",
 )
 
-# sotu_period and wn_define are in neither: they are kept for measuring transfer.
 EMBEDDED: Mapping[str, Mixture] = {
     mixture.name: mixture
     for mixture in (
-        Mixture("embedded_instructions", _INSTRUCTIONS),
+        Mixture("embedded_instructions", tuple(f"{name}{SUFFIX}" for name in _TASKS)),
+        Mixture("embedded_tasks", _TASKS),
         # Half of the examples are span corruption, so neither half is drowned.
         Mixture(
             "embedded_pretrain_and_tasks",
-            ("embedded_span_corruption", *_INSTRUCTIONS),
+            ("embedded_span_corruption", *_TASKS),
             rates={
-                "embedded_span_corruption": float(len(_INSTRUCTIONS)),
-                **dict.fromkeys(_INSTRUCTIONS, 1.0),
+                "embedded_span_corruption": float(len(_TASKS)),
+                **dict.fromkeys(_TASKS, 1.0),
             },
         ),
     )
 }
+
+
+def _by_size(name: str, *left_out: str) -> Mixture:
+    sizes = {
+        task.name: task.num_train
+        for task in glue.TASKS.values()
+        if task.name.startswith(f"{name}_") and task.name not in left_out
+    }
+    return Mixture(name, tuple(sizes), rates=sizes)
+
+
+# WNLI is left out as T5 does: its validation set contradicts its training set.
+GLUE = {
+    mixture.name: mixture
+    for mixture in (_by_size("glue", "glue_wnli_v002"), _by_size("super_glue"))
+}
+NAMED: Mapping[str, Mixture] = {**EMBEDDED, **GLUE}

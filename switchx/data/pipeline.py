@@ -7,23 +7,29 @@ is imported, by the first `build_*` call.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from switchx.batch import Batch
-from switchx.data import corpus, seqio_batches, token_batches, tokenization
+from switchx.data import (
+    catalog,
+    seqio_batches,
+    text_metrics,
+    token_batches,
+    tokenization,
+    truncation,
+)
 from switchx.data import vocabulary as vocabularies
-from switchx.data.mixtures import EMBEDDED as EMBEDDED_MIXTURES
+from switchx.data.corpus import Example
+from switchx.data.instructions import InstructionTask
 from switchx.data.mixtures import Mixture, mixing_rates
 from switchx.data.packing import BatchWriter
 from switchx.data.prefetch import Prefetcher, Seekable
 from switchx.data.seqio_batches import FEATURES, SeqioBatches, batched
 from switchx.data.span_corruption import EOS, MEAN_SPAN_LENGTH, NOISE_DENSITY, span_lengths
-from switchx.data.tasks import EMBEDDED as EMBEDDED_TASKS
-from switchx.data.tasks import EMBEDDED_SUPERVISED, FileTask, TfdsTask, check_not_empty
-from switchx.data.text_metrics import METRICS, Scores
+from switchx.data.tasks import FileTask, TfdsTask, check_not_empty
 from switchx.data.token_batches import Member, TokenBatches, Window
 from switchx.errors import UserError, check_range, check_types, closest
 
@@ -36,6 +42,11 @@ __all__ = [
     "build_train",
     "cache",
     "decode_tokens",
+    "examples",
+    "label_options",
+    "metric_functions",
+    "metric_names",
+    "splits",
     "vocabulary_size",
 ]
 
@@ -55,6 +66,10 @@ class DataConfig:
     `token_cache_dir` is the folder of the token caches (macro TOKEN_CACHE_DIR); None is
     $XDG_CACHE_HOME/switchx or ~/.cache/switchx.
 
+    `templates` is a JSON file of instruction templates beside those that ship, and
+    `evaluation_template` the one of the splits other than 'train', e.g. 'plain+options'
+    (`switchx.data.instructions`).
+
     Raises:
       UserError: a value of the wrong type or out of range.
     """
@@ -71,6 +86,8 @@ class DataConfig:
     tasks: Sequence[FileTask | TfdsTask | Mixture] = ()
     tfds_data_dir: str | None = None
     token_cache_dir: str | None = None
+    templates: str | None = None
+    evaluation_template: str | None = None
     noise_density: float = NOISE_DENSITY
     mean_span_length: float = MEAN_SPAN_LENGTH
 
@@ -80,6 +97,8 @@ class DataConfig:
         check_not_empty(self, "mixture_or_task_name", "vocabulary")
         for folder in ("tfds_data_dir", "token_cache_dir"):
             check_range(self, folder, getattr(self, folder) != "", "a folder, or None")
+        for field in ("templates", "evaluation_template"):
+            check_range(self, field, getattr(self, field) != "", "not empty, or None")
         lengths = self.task_feature_lengths
         for key, length in lengths.items():
             if key not in FEATURES:
@@ -109,7 +128,7 @@ class DataConfig:
                 )
         names = [task.name for task in self.tasks]
         for name in names:
-            if name in EMBEDDED_TASKS or name in EMBEDDED_MIXTURES:
+            if name in catalog.NAMES:
                 raise UserError(f"DataConfig.tasks hides the embedded {name!r}; rename the entry")
             if names.count(name) > 1:
                 raise UserError(f"DataConfig.tasks has two entries called {name!r}; rename one")
@@ -147,37 +166,65 @@ def splits(config: DataConfig, task: str) -> tuple[str, ...]:
     Raises:
       UserError: unknown name.
     """
-    if task in EMBEDDED_SUPERVISED:
-        return corpus.SPLITS
-    own = next((each for each in config.tasks if each.name == task), None)
-    return tuple(own.splits if isinstance(own, FileTask) else _find(config, task).splits)
+    declared = catalog.find_task(config, task)
+    found = _find(config, task) if declared is None else declared
+    return tuple(found.splits)
 
 
 def label_options(config: DataConfig, task: str) -> tuple[str, ...] | None:
-    """The labels of a classification task, in an order that is always the same; None for others."""
-    if "accuracy" not in EMBEDDED_SUPERVISED.get(task, ()):
+    """The labels of a classification task, in an order that is always the same; None for others.
+
+    Raises:
+      UserError: unknown name.
+    """
+    declared = catalog.find_task(config, task)
+    if declared is None:
+        _find(config, task)
         return None
-    return tuple(sorted({each["targets"] for each in corpus.embedded_task(task, "train")}))
+    found = getattr(declared, "options", None)
+    return None if found is None else tuple(found)
 
 
-def metric_functions(config: DataConfig, task: str) -> tuple[Callable[..., Scores], ...]:
-    """The metrics of a task, from (targets, predictions) to scores by name."""
-    own = {declared.name: declared for declared in config.tasks}
-    names = EMBEDDED_SUPERVISED.get(task) or getattr(own[task], "metrics", ())
-    return tuple(METRICS[name] for name in names)
+def metric_functions(config: DataConfig, task: str) -> tuple[text_metrics.Metric, ...]:
+    """The metrics of a task, from (targets, predictions) to scores by name.
+
+    The targets are what `text_metrics.target_of` makes of `examples`; of a task that Python code
+    has registered, what its postprocessor makes of them.
+
+    Raises:
+      UserError: unknown name.
+    """
+    declared = catalog.find_task(config, task)
+    if declared is None:
+        return tuple(_find(config, task).metric_fns)
+    return tuple(text_metrics.metric_functions(declared.metrics, label_options(config, task)))
 
 
-def examples(config: DataConfig, task: str, split: str) -> Sequence[corpus.Example]:
+def metric_names(config: DataConfig, task: str) -> tuple[str, ...]:
+    """Names of the functions that `metric_functions` returns.
+
+    Raises:
+      UserError: unknown name.
+    """
+    return tuple(metric.__name__ for metric in metric_functions(config, task))
+
+
+def examples(config: DataConfig, task: str, split: str) -> Sequence[Example]:
     """Every example of a split as text, in the order of `build_eval`, not cut.
+
+    'inputs' and 'targets' (a language-modelling task: 'text'), 'references' where several answers
+    are accepted, 'group' or 'label' where a metric needs them. TensorFlow is imported only for
+    tasks that come from TFDS or seqio.
 
     Raises:
       UserError: unknown name or split; whatever is wrong with the data.
     """
     check_split(task, split, splits(config, task))
-    if task in EMBEDDED_SUPERVISED:
-        return corpus.embedded_task(task, split)
-    declared = next(each for each in config.tasks if each.name == task)
-    assert isinstance(declared, FileTask)
+    declared = catalog.find_task(config, task)
+    if declared is None or isinstance(declared, TfdsTask):
+        from switchx.data import registry
+
+        return registry.text_examples(_find(config, task), split)
     return declared.examples(split)
 
 
@@ -241,6 +288,12 @@ def build_train(config: DataConfig, *, process_index: int = 0, process_count: in
     host = _host_rows(config, process_index, process_count)
     members = _cached(config, config.mixture_or_task_name)
     if members is not None:
+        # A task of rate 0 is there to be evaluated.
+        members = [member for member in members if member.rate > 0]
+        for member in members:
+            check_split(member.name, "train", member.cache.splits)
+            _check_cut(config, member, "train")
+            _say_held_out(config, member)
         batches: Batches = TokenBatches(config, members, host)
     else:
         provider = _provider(config, "train", config.mixture_or_task_name)
@@ -251,6 +304,8 @@ def build_train(config: DataConfig, *, process_index: int = 0, process_count: in
             flush=True,
         )
         prints = [f"{name}={tokenization.content_fingerprint(config, name)}" for name in names]
+        for task in _members(provider):
+            _check_cut_of_stream(config, task, "train")
         batches = SeqioBatches(config, provider, host, fingerprint=" ".join(prints))
     batches.check()
     return batches
@@ -280,21 +335,22 @@ def build_eval(
     members = _cached(config, name)
     if members is not None:
         check_split(name, split, sorted({s for m in members for s in m.cache.splits}))
+        members = sorted(members, key=lambda member: member.name)
+        members = [member for member in members if split in member.cache.splits]
+        for member in members:
+            _check_cut(config, member, split)
         parts = [
-            token_batches.rows_in_order(config, member, split, EVAL_SEED)
-            for member in sorted(members, key=lambda member: member.name)
-            if split in member.cache.splits
+            token_batches.rows_in_order(config, member, split, EVAL_SEED) for member in members
         ]
         made = (
             _written(config, rows, host) for rows in batched(_in_turn(parts), config.batch_size)
         )
     else:
         provider = _provider(config, split, name)
-        parts = [
-            seqio_batches.rows_in_order(config, member, split, EVAL_SEED)
-            for member in _members(provider)
-            if split in member.splits
-        ]
+        found = [member for member in _members(provider) if split in member.splits]
+        for member in found:
+            _check_cut_of_stream(config, member, split)
+        parts = [seqio_batches.rows_in_order(config, member, split, EVAL_SEED) for member in found]
         made = (
             seqio_batches.batch_of(config, rows, host)
             for rows in batched(_in_turn(parts), config.batch_size)
@@ -323,12 +379,9 @@ def _task_names(config: DataConfig, name: str) -> tuple[list[str], Mixture | Non
 
     Only what is neither declared nor cached is looked up in seqio's registries.
     """
-    own = {declared.name: declared for declared in config.tasks}
-    declared = own.get(name, EMBEDDED_MIXTURES.get(name))
-    if isinstance(declared, Mixture):
+    declared = catalog.find_mixture(config, name)
+    if declared is not None:
         for task in declared.tasks:
-            if task in EMBEDDED_MIXTURES or isinstance(own.get(task), Mixture):
-                raise UserError(f"mixture {name!r} contains mixture {task!r}; name its tasks")
             if not tokenization.is_known(config, task):
                 _find(config, task)
         return list(declared.tasks), declared
@@ -352,15 +405,53 @@ def _cached(config: DataConfig, name: str) -> list[Member] | None:
     caches = {task: tokenization.find(config, task) for task in names}
     rates = {name: 1.0}
     if mixture is not None:
-        for task, cache in caches.items():
-            check_split(task, "train", cache.splits)
-        rates = mixing_rates(mixture, {t: c.num_examples("train") for t, c in caches.items()})
+        counts = {
+            task: cache.num_examples("train") if "train" in cache.splits else 0
+            for task, cache in caches.items()
+        }
+        rates = mixing_rates(mixture, counts)
     # Numbered in the mixture that is trained on, also where one of its tasks is evaluated alone.
     order = _task_names(config, config.mixture_or_task_name)[0]
     return [
         Member(task, cache, rates[task], order.index(task) if task in order else 0)
         for task, cache in caches.items()
     ]
+
+
+def _check_cut(config: DataConfig, member: Member, split: str) -> None:
+    if member.cache.objective != "supervised":
+        return
+    _check_label_lengths(config, member.name)
+    lengths = {feature: member.cache.read(split, feature).lengths for feature in FEATURES}
+    truncation.report(config, member.name, split, lengths)
+
+
+def _check_cut_of_stream(config: DataConfig, task: Any, split: str) -> None:
+    from switchx.data import registry
+
+    _check_label_lengths(config, task.name)
+    lengths = registry.first_lengths(task, split)
+    if lengths is not None:
+        truncation.report(config, task.name, split, lengths, sampled=True)
+
+
+def _check_label_lengths(config: DataConfig, name: str) -> None:
+    declared = catalog.find_task(config, name)
+    options = None if declared is None else label_options(config, name)
+    if options is not None:
+        truncation.check_labels(config, name, options)
+
+
+def _say_held_out(config: DataConfig, member: Member) -> None:
+    declared = catalog.find_task(config, member.name)
+    declared = declared.base if isinstance(declared, InstructionTask) else declared
+    if isinstance(declared, FileTask) and declared.validation_files is None:
+        kept, held_out = map(member.cache.num_examples, ("train", "validation"))
+        what = "examples" if declared.objective == "supervised" else "pieces"
+        truncation.say(
+            f"{member.name}: {kept:,} {what} to train on, {held_out:,} held out by content for "
+            "validation"
+        )
 
 
 def _find(config: DataConfig, name: str) -> Any:

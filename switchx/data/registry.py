@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from switchx.data import corpus, mixtures, preprocessors, tasks, vocabulary
+from switchx.data import catalog, corpus, mixtures, preprocessors, vocabulary
 from switchx.data.backend import seqio, tf
+from switchx.data.glue import GlueTask
+from switchx.data.instructions import InstructionTask
+from switchx.data.prepared import find_builder
 from switchx.data.preprocessors import plain
-from switchx.data.text_metrics import METRICS
+from switchx.data.tasks import FileTask, TfdsTask
+from switchx.data.text_metrics import metric_functions, target_of
 from switchx.errors import UserError, closest
 
 if TYPE_CHECKING:
@@ -87,17 +91,17 @@ def find(config: "DataConfig", name: str | None = None) -> seqio.Task | seqio.Mi
       UserError: unknown name, or anything wrong with the data behind it.
     """
     name = config.mixture_or_task_name if name is None else name
-    own = {declared.name: declared for declared in config.tasks}
-    if name in own or name in tasks.EMBEDDED or name in mixtures.EMBEDDED:
-        declared = own.get(name, mixtures.EMBEDDED.get(name, name))
-        if isinstance(declared, mixtures.Mixture):
-            return _mixture(config, declared)
+    mixture = catalog.find_mixture(config, name)
+    if mixture is not None:
+        return _mixture(config, mixture)
+    declared = catalog.find_task(config, name)
+    if declared is not None:
         return _task(config, declared)
     if name in seqio.MixtureRegistry.names() or name in seqio.TaskRegistry.names():
         found = seqio.get_mixture_or_task(name)
         _check_features(config, found)
         return found
-    known = {*own, *tasks.EMBEDDED, *mixtures.EMBEDDED}
+    known = catalog.names(config)
     known |= {*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()}
     raise UserError(f"no task or mixture is called {name!r}{closest(name, known)}")
 
@@ -107,11 +111,12 @@ def dataset_version(config: "DataConfig", name: str) -> Any:
 
     None for tasks whose source has no version. JSON values.
     """
-    own = {declared.name: declared for declared in config.tasks}
-    declared = own.get(name)
-    if not isinstance(declared, tasks.TfdsTask):
+    declared = catalog.find_task(config, name)
+    if isinstance(declared, InstructionTask):
+        declared = declared.base
+    if not isinstance(declared, TfdsTask | GlueTask):
         return None
-    info = _tfds_builder(config, declared).info
+    info = find_builder(declared.tfds_name, config.tfds_data_dir).info
     sizes = {split: info.splits[split].num_examples for split in sorted(info.splits)}
     return {"name": info.full_name, "examples": sizes}
 
@@ -141,6 +146,37 @@ def token_splits(
         # Documents become one each; other preprocessors may cut, join or drop examples.
         total = found.num_input_examples(split)
         yield split, total, _token_chunks(_untrimmed(found, split, seed=0), found.output_features)
+
+
+def first_lengths(task: seqio.Task, split: str, count: int = 1000) -> dict[str, np.ndarray] | None:
+    """Tokens of a split's first examples by feature, before they are cut.
+
+    None for text, of which rows are made, and for tasks that need the lengths of rows.
+    """
+    if _is_text(task):
+        return None
+    try:
+        examples = list(_untrimmed(task, split, seed=0).take(count).as_numpy_iterator())
+    except (UserError, tf.errors.OpError):  # an unreadable file is reported by who reads it all
+        return None
+    keys = sorted(task.output_features)
+    return {key: np.array([len(each[key]) for each in examples], np.int64) for key in keys}
+
+
+def text_examples(task: seqio.Task, split: str) -> list[corpus.Example]:
+    """Every example of a task as text, as its preprocessors leave it before tokens are made.
+
+    Raises:
+      UserError: a task whose preprocessors keep no text, or need the lengths of rows.
+    """
+    found = []
+    for example in _untrimmed(task, split, seed=0).as_numpy_iterator():
+        if "inputs_pretokenized" not in example or "targets_pretokenized" not in example:
+            raise UserError(f"task {task.name!r} keeps no text of its inputs and targets")
+        row = {key: _as_text(example[f"{key}_pretokenized"]) for key in ("inputs", "targets")}
+        more = {"references", "group", "label"} & set(example)
+        found.append(row | {key: _as_text(example[key]) for key in more})
+    return found
 
 
 def _is_text(task: seqio.Task) -> bool:
@@ -206,13 +242,11 @@ def register(config: "DataConfig") -> None:
 
 
 def _mixture(config: "DataConfig", mixture: mixtures.Mixture) -> seqio.Mixture:
-    own = {declared.name: declared for declared in config.tasks}
     members, counts = {}, {}
     for name in mixture.tasks:
-        if name in mixtures.EMBEDDED or isinstance(own.get(name), mixtures.Mixture):
-            raise UserError(f"mixture {mixture.name!r} contains mixture {name!r}; name its tasks")
         members[name] = find(config, name)
-        counts[name] = members[name].num_input_examples("train")
+        has_train = "train" in members[name].splits
+        counts[name] = members[name].num_input_examples("train") if has_train else 0
         if not counts[name] and isinstance(mixture.rates, str):
             raise UserError(
                 f"mixture {mixture.name!r}: task {name!r} does not tell its number of examples; "
@@ -222,29 +256,21 @@ def _mixture(config: "DataConfig", mixture: mixtures.Mixture) -> seqio.Mixture:
     return seqio.Mixture(mixture.name, [(members[name], rates[name]) for name in mixture.tasks])
 
 
-def _task(config: "DataConfig", declared: str | tasks.FileTask | tasks.TfdsTask) -> seqio.Task:
+def _task(config: "DataConfig", declared: catalog.Declared) -> seqio.Task:
     shared_vocabulary = vocabulary.load(config.vocabulary)
-    if isinstance(declared, tasks.TfdsTask):
+    if isinstance(declared, TfdsTask):
         source, steps = _tfds(config, declared)
-        objective, metrics = declared.objective, declared.metrics
-    elif isinstance(declared, tasks.FileTask):
+    else:
         source, steps = MemorySource(declared.splits, declared.examples), []
-        objective, metrics = declared.objective, declared.metrics
+    if isinstance(declared, FileTask):
         # Read both sides now: a broken line must not wait for the first evaluation.
         for split in declared.splits:
             source.num_input_examples(split)
-    elif declared in tasks.EMBEDDED_TEXT:
-        source, steps = MemorySource(("train", "validation"), _embedded_prose), []
-        objective, metrics = tasks.EMBEDDED_TEXT[declared], ()
-    else:
-        read = functools.partial(corpus.embedded_task, declared)
-        source, steps = MemorySource(corpus.SPLITS, read), []
-        objective, metrics = "supervised", tasks.EMBEDDED_SUPERVISED[declared]
     feature = seqio.Feature(shared_vocabulary, add_eos=True)
     features = {"inputs": feature, "targets": feature}
-    if objective == "supervised":
+    if declared.objective == "supervised":
         return seqio.Task(
-            declared if isinstance(declared, str) else declared.name,
+            declared.name,
             source=source,
             output_features=features,
             preprocessors=[
@@ -253,27 +279,23 @@ def _task(config: "DataConfig", declared: str | tasks.FileTask | tasks.TfdsTask)
                 seqio.preprocessors.append_eos_after_trim,
             ],
             postprocess_fn=_postprocess,
-            metric_fns=[METRICS[name] for name in metrics],
+            metric_fns=metric_functions(declared.metrics, declared.options),
             # A source in memory is shuffled whole, and an example is one row.
             shuffle_buffer_size=(
                 None if source.performs_internal_shuffling else ROW_SHUFFLE_BUFFER
             ),
         )
     return seqio.Task(
-        declared if isinstance(declared, str) else declared.name,
+        declared.name,
         source=source,
         output_features=features,
         preprocessors=[
             *steps,
             functools.partial(_tokenize_text, shared_vocabulary),
-            _objective(config, objective),
+            _objective(config, declared.objective),
         ],
         shuffle_buffer_size=ROW_SHUFFLE_BUFFER,
     )
-
-
-def _embedded_prose(split: str) -> list[corpus.Example]:
-    return [{"text": text} for text in corpus.embedded_prose(split)]
 
 
 def _objective(config: "DataConfig", objective: str):
@@ -296,10 +318,13 @@ def _tokenize_text(shared_vocabulary: seqio.Vocabulary, dataset: tf.data.Dataset
 def _postprocess(decoded: str, example: Mapping | None = None, is_target: bool = False, **unused):
     del unused
     if is_target and example is not None and "references" in example:
-        references = example["references"]
-        text = references.decode("utf-8") if isinstance(references, bytes) else str(references)
-        return text.split("\n")
+        keys = {"references", "group", "label"} & set(example)
+        return target_of({key: _as_text(example[key]) for key in keys})
     return decoded
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
 
 
 def _check_features(config: "DataConfig", found: seqio.Task | seqio.Mixture) -> None:
@@ -318,8 +343,8 @@ def _check_features(config: "DataConfig", found: seqio.Task | seqio.Mixture) -> 
             )
 
 
-def _tfds(config: "DataConfig", declared: tasks.TfdsTask):
-    builder = _tfds_builder(config, declared)
+def _tfds(config: "DataConfig", declared: TfdsTask):
+    builder = find_builder(declared.tfds_name, config.tfds_data_dir, download=declared.download)
     info = builder.info
     for split, tfds_split in declared.splits.items():
         if tfds_split.split("[")[0].split("+")[0] not in info.splits:
@@ -338,6 +363,13 @@ def _tfds(config: "DataConfig", declared: tasks.TfdsTask):
             raise UserError(
                 f"{declared.tfds_name!r} has no field {field!r}{closest(field, features)}"
             )
+    labels = getattr(features[declared.targets_field], "names", None) if supervised else None
+    for option in declared.options or ():
+        if labels is not None and option not in labels:
+            raise UserError(
+                f"TfdsTask.options: {option!r} is no {declared.targets_field!r} of "
+                f"{declared.tfds_name!r}{closest(option, labels)}"
+            )
     source = seqio.TfdsDataSource(
         declared.tfds_name, tfds_data_dir=config.tfds_data_dir, splits=dict(declared.splits)
     )
@@ -349,32 +381,6 @@ def _tfds(config: "DataConfig", declared: tasks.TfdsTask):
     return source, [step]
 
 
-def _tfds_builder(config: "DataConfig", declared: tasks.TfdsTask):
-    import tensorflow_datasets as tfds
-
-    data_dir = config.tfds_data_dir
-    try:
-        builder = tfds.builder(declared.tfds_name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        name = declared.tfds_name.split("/")[0].split(":")[0]
-        hint = closest(name, tfds.list_builders(with_community_datasets=False))
-        raise UserError(f"TFDS has no dataset {declared.tfds_name!r}{hint[:200]}") from error
-    except (ValueError, AssertionError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"TFDS dataset {declared.tfds_name!r} is not usable: {reason}") from error
-    if not builder.info.splits and declared.download:
-        builder.download_and_prepare()
-    if not builder.info.splits:
-        where = f", data_dir={data_dir!r}" if data_dir else ""
-        raise UserError(
-            f"TFDS dataset {declared.tfds_name!r} is not prepared under "
-            f'{str(builder.data_dir)!r}; on a machine with a network run: python -c "import '
-            f"tensorflow_datasets as tfds; tfds.builder('{declared.tfds_name}'{where})"
-            '.download_and_prepare()" (or set TfdsTask.download = True)'
-        )
-    return builder
-
-
 def _tfds_text(field: str, dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.map(
         plain(lambda example: {"text": example[field]}), num_parallel_calls=tf.data.AUTOTUNE
@@ -382,7 +388,7 @@ def _tfds_text(field: str, dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _tfds_supervised(
-    declared: tasks.TfdsTask, features: Any, dataset: tf.data.Dataset
+    declared: TfdsTask, features: Any, dataset: tf.data.Dataset
 ) -> tf.data.Dataset:
     labels = {key: list(getattr(feature, "names", None) or ()) for key, feature in features.items()}
 

@@ -16,36 +16,73 @@ from switchx.errors import UserError, check_choice, check_range, check_types, cl
 
 OBJECTIVES = ("span_corruption", "prefix_lm", "supervised")
 
-# Embedded language-modelling tasks by name, with their objective.
-EMBEDDED_TEXT = {
-    "embedded_span_corruption": "span_corruption",
-    "embedded_prefix_lm": "prefix_lm",
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddedTask:
+    """A task that ships: prose, or a supervised one with its metrics and label options."""
+
+    name: str
+    objective: str
+    metrics: tuple[str, ...] = ()
+    options: tuple[str, ...] | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits this task has."""
+        return corpus.SPLITS if self.objective == "supervised" else ("train", "validation")
+
+    def examples(self, split: str) -> Sequence[corpus.Example]:
+        """Every example of a split: 'text', or 'inputs', 'targets' and 'references'."""
+        if self.objective == "supervised":
+            return corpus.embedded_task(self.name, split)
+        return [{"text": text} for text in corpus.embedded_prose(split)]
+
+    def content(self) -> dict[str, Any]:
+        """What `examples` depends on: SHA-256 of the files."""
+        prefix = f"tasks/{self.name}." if self.objective == "supervised" else "prose."
+        return {path: sha for path, sha in corpus.checksums().items() if path.startswith(prefix)}
+
+
+def _supervised(name: str, *metrics: str, options: tuple[str, ...] | None = None) -> EmbeddedTask:
+    return EmbeddedTask(name, "supervised", metrics, options)
+
+
+_SUPERSENSES = tuple(
+    "act animal artifact attribute body cognition communication event feeling food group location "
+    "motive object person phenomenon plant possession process quantity relation shape state "
+    "substance time".split()
+)
+_PERIODS = ("1790-1849", "1850-1899", "1900-1949", "1950-2021")
+
+EMBEDDED: Mapping[str, EmbeddedTask] = {
+    task.name: task
+    for task in (
+        EmbeddedTask("embedded_span_corruption", "span_corruption"),
+        EmbeddedTask("embedded_prefix_lm", "prefix_lm"),
+        _supervised("cldr_names", "exact_match", "chrf"),
+        _supervised("cmudict_g2p", "exact_match", "phoneme_error_rate"),
+        _supervised("date_iso", "exact_match"),
+        _supervised("inflection", "exact_match"),
+        _supervised("num2words", "exact_match"),
+        _supervised("sotu_period", "accuracy", "macro_f1", options=_PERIODS),
+        _supervised("wn_define", "rouge_l", "chrf"),
+        _supervised("wn_hypernym_nli", "accuracy", options=("no", "yes")),
+        _supervised("wn_reverse_dictionary", "exact_match"),
+        _supervised("wn_supersense", "accuracy", "macro_f1", options=_SUPERSENSES),
+        _supervised("wn_syn_ant", "accuracy", options=("antonyms", "synonyms")),
+    )
 }
-# Embedded supervised tasks by name, with their metrics.
-EMBEDDED_SUPERVISED: Mapping[str, tuple[str, ...]] = {
-    "cldr_names": ("exact_match", "chrf"),
-    "cmudict_g2p": ("exact_match", "phoneme_error_rate"),
-    "date_iso": ("exact_match",),
-    "inflection": ("exact_match",),
-    "num2words": ("exact_match",),
-    "sotu_period": ("accuracy", "macro_f1"),
-    "wn_define": ("rouge_l", "chrf"),
-    "wn_hypernym_nli": ("accuracy",),
-    "wn_reverse_dictionary": ("exact_match",),
-    "wn_supersense": ("accuracy", "macro_f1"),
-    "wn_syn_ant": ("accuracy",),
-}
-EMBEDDED = (*EMBEDDED_TEXT, *EMBEDDED_SUPERVISED)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileTask:
-    """A task on files of the user's own: JSONL, TSV with a header line, or plain text.
+    """A task on files of the user's own: JSONL, TSV or CSV with a header line, or plain text.
 
     `files` and `validation_files` are a path, a glob or a list of either; .gz and .xz are read as
     they are. Without validation files, about `validation_fraction` of the examples is held out by
     content. `format` None goes by the files' extensions. Text objectives read `text_field`,
-    supervised ones `inputs_field` and `targets_field`; plain text has no fields.
+    supervised ones `inputs_field` and `targets_field`; plain text has no fields. `options` are the
+    labels of a classification task: every target must be one of them.
 
     Raises:
       UserError: from construction on wrong types and values; from `examples` on the files.
@@ -61,6 +98,7 @@ class FileTask:
     inputs_field: str = "inputs"
     targets_field: str = "targets"
     metrics: str | Sequence[str] = ("exact_match",)
+    options: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Check types and values, and freeze the lists."""
@@ -81,10 +119,11 @@ class FileTask:
         if self.objective == "supervised" and self.format == "text":
             raise UserError(
                 "FileTask.format = 'text' has no inputs and targets; objective 'supervised' needs "
-                "'jsonl' or 'tsv'"
+                "'jsonl', 'tsv' or 'csv'"
             )
         check_not_empty(self, "text_field", "inputs_field", "targets_field")
         _check_metrics(self)
+        _check_options(self)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -118,11 +157,12 @@ class FileTask:
             ]
 
         own = self.validation_files
-        return {
+        found = {
             "files": files(self.files),
             "validation": self.validation_fraction if own is None else files(own),
             "fields": dict(self.fields),
         }
+        return found if self.options is None else {**found, "options": list(self.options)}
 
     @property
     def fields(self) -> Mapping[str, str]:
@@ -139,7 +179,7 @@ class TfdsTask:
     Nothing is downloaded unless `download`; a dataset that is not prepared is an error that says
     how to prepare it. `splits` maps our split names to TFDS splits or slices ('train[:1%]').
     Supervised inputs are one field as it is, or several as "field: text" in order after `prefix`
-    (the T5 format); class labels become their names.
+    (the T5 format); class labels become their names, which `options` must be if they are given.
     """
 
     name: str
@@ -153,6 +193,7 @@ class TfdsTask:
         default_factory=lambda: {"train": "train", "validation": "validation"}, hash=False
     )
     metrics: str | Sequence[str] = ("exact_match",)
+    options: Sequence[str] | None = None
     download: bool = False
 
     def __post_init__(self) -> None:
@@ -171,6 +212,7 @@ class TfdsTask:
             check_range(self, "splits", bool(valid), "a mapping from splits to TFDS splits")
         object.__setattr__(self, "splits", dict(self.splits))
         _check_metrics(self)
+        _check_options(self)
 
 
 def check_name(config: Any) -> None:
@@ -202,6 +244,19 @@ def _check_metrics(task: FileTask | TfdsTask) -> None:
             raise UserError(f"{type(task).__name__}.metrics has the unknown {name!r}{hint}")
 
 
+def _check_options(task: FileTask | TfdsTask) -> None:
+    if task.options is None:
+        return
+    if task.objective != "supervised":
+        raise UserError(
+            f"{type(task).__name__}.options are the labels of objective 'supervised', not of "
+            f"{task.objective!r}"
+        )
+    freeze_strings(task, "options")
+    several = len(set(task.options)) == len(task.options) >= 2
+    check_range(task, "options", several, "at least two labels, none of them twice")
+
+
 def _stamps(paths: Sequence[pathlib.Path]) -> tuple[tuple[str, int, int], ...]:
     # The cache below must miss when a file changes between two builds in one process.
     return tuple((str(p), p.stat().st_mtime_ns, p.stat().st_size) for p in paths)
@@ -214,9 +269,10 @@ def _read(task: FileTask, stamps: tuple[tuple[str, int, int], ...]) -> list[corp
         for path in paths:
             if (task.format or corpus.file_format(path)) == "text":
                 raise UserError(
-                    f"file {str(path)!r} is plain text; objective 'supervised' needs JSONL or TSV"
+                    f"file {str(path)!r} is plain text; objective 'supervised' needs JSONL, "
+                    "TSV or CSV"
                 )
-    return corpus.read_files(paths, task.fields, task.format)
+    return corpus.read_files(paths, task.fields, task.format, task.options)
 
 
 @functools.lru_cache(maxsize=8)

@@ -169,7 +169,7 @@ class TokenBatches(Iterator[Batch]):
         """Make the window that is next, so that what is wrong with the data shows now.
 
         Raises:
-          UserError: a task without examples, or a single task that makes less than a batch.
+          UserError: a task without examples, or a single one whose text makes less than a batch.
         """
         for member, examples in zip(self._members, self._examples, strict=True):
             if not examples.count:
@@ -181,7 +181,15 @@ class TokenBatches(Iterator[Batch]):
                 rows += len(self._window if number == self._number else self._make(number))
                 if rows >= self._config.batch_size:
                     return
-            raise too_small(self._config, self._members[0].name, rows)
+            if self._members[0].cache.objective != "supervised":
+                raise too_small(self._config, self._members[0].name, rows)
+            # A few pairs of a user's own are worth training on, whatever the batch.
+            print(
+                f"{self._members[0].name}: an epoch makes {rows} rows, fewer than "
+                f"DataConfig.batch_size = {self._config.batch_size}: a batch has examples more "
+                "than once",
+                flush=True,
+            )
 
     def position(self) -> dict[str, Any]:
         """Where the next batch is, as integers and a string that go into JSON."""

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tqdm
 
-from switchx.data import corpus, tasks, vocabulary
+from switchx.data import catalog, vocabulary
 from switchx.data.span_corruption import EOS
-from switchx.data.tasks import FileTask, TfdsTask
+from switchx.data.tasks import TfdsTask
 from switchx.data.token_cache import FIELDS, VERSION, DamagedCache, TokenCache, Writer, digest
 from switchx.errors import UserError
 
@@ -41,17 +41,17 @@ Tokens = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 def is_known(config: "DataConfig", name: str) -> bool:
     """Whether a task of this name is declared, embedded or cached."""
-    return _declared(config, name) is not None or has_cache(config, name)
+    return catalog.find_task(config, name) is not None or has_cache(config, name)
 
 
 def has_cache(config: "DataConfig", name: str) -> bool:
     """Whether `find` will give the task's tokens; otherwise it streams."""
-    return _is_automatic(_declared(config, name)) or _named_folder(config, name).exists()
+    return _is_automatic(catalog.find_task(config, name)) or _named_folder(config, name).exists()
 
 
 def objective(config: "DataConfig", name: str) -> str:
     """What is made of a task's text."""
-    return _objective(name, _declared(config, name))
+    return _objective(catalog.find_task(config, name))
 
 
 def find(config: "DataConfig", name: str) -> TokenCache:
@@ -61,7 +61,7 @@ def find(config: "DataConfig", name: str) -> TokenCache:
       UserError: a cache of this name that is damaged or of something else, with the command that
         makes it again; whatever is wrong with a task's files.
     """
-    declared = _declared(config, name)
+    declared = catalog.find_task(config, name)
     identity = _identity(config, name, declared)
     if _is_automatic(declared):
         return _automatic(config, name, declared, identity)
@@ -88,7 +88,7 @@ def make(config: "DataConfig", name: str) -> TokenCache:
     Raises:
       UserError: a task that cannot be cached, with the reason; a folder that cannot be written.
     """
-    declared = _declared(config, name)
+    declared = catalog.find_task(config, name)
     identity = _identity(config, name, declared)
     if _is_automatic(declared):
         folder, more = cache_root(config) / _keyed(name, identity), {}
@@ -113,7 +113,7 @@ def content_fingerprint(config: "DataConfig", name: str) -> str:
     """8 hexadecimal digits that stand for the source of a task that streams: files or version."""
     from switchx.data import registry
 
-    identity = _identity(config, name, _declared(config, name))
+    identity = _identity(config, name, catalog.find_task(config, name))
     return digest([identity, registry.dataset_version(config, name)])[:8]
 
 
@@ -227,15 +227,9 @@ def _splits(
 
         yield from registry.token_splits(config, name)
         return
-    embedded_splits = ("train", "validation") if name in tasks.EMBEDDED_TEXT else corpus.SPLITS
-    for split in declared.splits if isinstance(declared, FileTask) else embedded_splits:
-        if isinstance(declared, FileTask):
-            examples = declared.examples(split)
-        elif name in tasks.EMBEDDED_TEXT:
-            examples = [{"text": text} for text in corpus.embedded_prose(split)]
-        else:
-            examples = corpus.embedded_task(name, split)
-        fields = FIELDS[_objective(name, declared)]
+    fields = FIELDS[_objective(declared)]
+    for split in declared.splits:
+        examples = declared.examples(split)
         yield split, len(examples), _encoded(config.vocabulary, examples, fields)
 
 
@@ -252,43 +246,28 @@ def _encoded(name: str, examples: Any, fields: tuple[str, ...]) -> Iterator[Toke
         yield encoded
 
 
-def _declared(config: "DataConfig", name: str) -> FileTask | TfdsTask | str | None:
-    """The declaration; the name itself if it is embedded; None for what seqio may know."""
-    for task in config.tasks:
-        if task.name == name and isinstance(task, FileTask | TfdsTask):
-            return task
-    return name if name in tasks.EMBEDDED else None
-
-
 def _is_automatic(declared: Any) -> bool:
-    return isinstance(declared, FileTask | str)
+    return declared is not None and not catalog.needs_tensorflow(declared)
 
 
-def _objective(name: str, declared: Any) -> str:
-    if isinstance(declared, FileTask | TfdsTask):
-        return declared.objective
+def _objective(declared: Any) -> str:
     # A task of seqio's registry is cached as the inputs and targets that it makes.
-    return tasks.EMBEDDED_TEXT.get(name, "supervised")
+    return "supervised" if declared is None else declared.objective
 
 
 def _identity(config: "DataConfig", name: str, declared: Any) -> dict[str, Any]:
-    if isinstance(declared, FileTask):
-        source: Any = declared.content()
-    elif isinstance(declared, TfdsTask):
-        source = dataclasses.asdict(declared)
+    if isinstance(declared, TfdsTask):
+        source: Any = dataclasses.asdict(declared)
         # Lists as JSON has them; what is not in the tokens does not matter.
         source = {"tfds": {k: list(v) if isinstance(v, tuple) else v for k, v in source.items()}}
-        for key in ("name", "metrics", "download", "objective"):
+        for key in ("name", "metrics", "options", "download", "objective"):
             del source["tfds"][key]
-    elif declared is None:
-        source = {"seqio": name}
     else:
-        prefix = "prose." if name in tasks.EMBEDDED_TEXT else f"tasks/{name}."
-        source = {path: sha for path, sha in corpus.checksums().items() if path.startswith(prefix)}
+        source = {"seqio": name} if declared is None else declared.content()
     return {
         "version": VERSION,
         "task": name,
-        "objective": _objective(name, declared),
+        "objective": _objective(declared),
         "vocabulary": {
             "name": pathlib.Path(config.vocabulary).name,
             "sha256": vocabulary.fingerprint(config.vocabulary),

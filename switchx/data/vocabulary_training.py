@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import sentencepiece
 
 from switchx.data import corpus
-from switchx.data.tasks import EMBEDDED_SUPERVISED
+from switchx.data.tasks import EMBEDDED
 
 SIZES: Mapping[str, int] = {"spm8k": 8000, "spm32k": 32000}
 
@@ -16,7 +16,7 @@ SIZES: Mapping[str, int] = {"spm8k": 8000, "spm32k": 32000}
 def training_text() -> Iterator[str]:
     """Training splits only: every piece of the prose, then inputs and targets of every task."""
     yield from corpus.embedded_prose("train")
-    for name in sorted(EMBEDDED_SUPERVISED):
+    for name in sorted(name for name, task in EMBEDDED.items() if task.objective == "supervised"):
         for example in corpus.embedded_task(name, "train"):
             yield example["inputs"]
             yield example["targets"]

@@ -19,7 +19,7 @@ def test_every_embedded_file_is_recorded_and_as_recorded():
         for path in corpus.EMBEDDED.rglob("*")
         if path.is_file() and path.name not in ("SHA256SUMS", "PROVENANCE.md")
     ]
-    assert len(files) == 37
+    assert len(files) == 38
     assert {str(path.relative_to(corpus.EMBEDDED)) for path in files} == set(recorded)
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -68,7 +68,7 @@ def test_formats_by_extension(tmp_path):
     names = {"a.jsonl": "jsonl", "a.tsv.gz": "tsv", "a.b.txt.xz": "text", "a.md": "text"}
     for name, kind in names.items():
         assert corpus.file_format(tmp_path / name) == kind
-    with pytest.raises(UserError, match="format of .*a.parquet.*jsonl, tsv, text"):
+    with pytest.raises(UserError, match="format of .*a.parquet.*jsonl, tsv, csv, text"):
         corpus.file_format(tmp_path / "a.parquet")
 
 
@@ -83,10 +83,30 @@ def test_the_same_rows_in_every_format_and_compression(tmp_path):
     (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbf" + tsv.encode())
     (tmp_path / "a.tsv.xz").write_bytes(lzma.compress(tsv.encode()))
     fields = {"inputs": "inputs", "targets": "targets"}
-    for name in ("a.jsonl", "a.jsonl.gz", "a.tsv", "a.tsv.xz"):
+    quoted = 'targets,id,inputs\r\n1,0,"a\u2028b"\r\n\r\n2.5,1,caf\u00e9'
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + quoted.encode()))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.tsv", "a.tsv.xz", "a.csv.gz"):
         assert corpus.read_files([tmp_path / name], fields) == rows, name
     renamed = corpus.read_files([tmp_path / "a.tsv"], {"text": "id"})
     assert renamed == [{"text": "0"}, {"text": "1"}]
+
+
+def test_csv_quotes(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'inputs,targets\n"one, two","say ""hi"""\n"two\r\nlines",\n')
+    assert corpus.read_files([path], {"inputs": "inputs", "targets": "targets"}) == [
+        {"inputs": "one, two", "targets": 'say "hi"'},
+        {"inputs": "two\r\nlines", "targets": ""},
+    ]
+
+
+def test_a_label_that_is_no_option_is_named_with_its_line(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('inputs,label\n"two\nlines",yes\nb,noo\n')
+    fields = {"inputs": "inputs", "targets": "label"}
+    message = f"{path}:4: label 'noo' is none of the options; did you mean 'no'?"
+    with pytest.raises(UserError, match=re.escape(message)):
+        corpus.read_files([path], fields, options=("yes", "no"))
 
 
 def test_pieces_by_hand():
@@ -130,10 +150,22 @@ MISTAKES = [
     ("a.tsv", "text\n", {"text": "text"}, "'{}' holds no example"),
     ("a.jsonl", '{"text": "x"}\n{"text": ', {"text": "text"}, "{}:2: not valid JSON"),
     ("a.jsonl", '["x"]', {"text": "text"}, "{}:1: expected a JSON object, found list"),
-    ("a.jsonl", '{"texts": "x"}', {"text": "text"}, "{}:1: no field 'text'; did you mean 'texts'"),
+    ("a.jsonl", '{"texts": "x"}', {"text": "text"}, "{}:1: no column 'text'; found 'texts'; did"),
+    ("a.jsonl", '{"q": 1, "a": 2}', {"text": "text"}, "{}:1: no column 'text'; found 'q', 'a'"),
+    ("a.jsonl", "{}", {"text": "text"}, "{}:1: no column 'text'; found none"),
+    ("a.csv", "", {"text": "text"}, "'{}' holds no example; it is empty"),
+    ("a.csv", "q,a\n1,2\n", {"text": "text"}, "{}:2: no column 'text'; found 'q', 'a'"),
+    ("a.csv", 'text,b\n"x\ny",1\n"z,1\n', {"text": "text"}, "{}:4: not valid CSV (unexpected end"),
+    ("a.csv", "text,b\nx\n", {"text": "text"}, "{}:2: 1 columns where the header has 2"),
+    (
+        "a.csv",
+        "text,b,text\nx,1,y\n",
+        {"text": "text"},
+        "{}:1: the header names column 'text' twice",
+    ),
     ("a.jsonl", '{"text": "x"}\n{"text": null}', {"text": "text"}, "{}:2: field 'text' is None"),
     ("a.tsv", "a\tb\n1\t2\n1\t2\t3\n", {"text": "a"}, "{}:3: 3 columns where the header has 2"),
-    ("a.tsv", "txt\nx\n", {"text": "text"}, "{}:2: no field 'text'; did you mean 'txt'"),
+    ("a.tsv", "txt\nx\n", {"text": "text"}, "{}:2: no column 'text'; found 'txt'; did you mean"),
     ("a.txt", b"good\n\nbad \xff\n", {"text": "text"}, "{}:3: not UTF-8"),
     ("a.txt.gz", b"not gzip", {"text": "text"}, "'{}' cannot be read"),
     ("a.txt.xz", b"not xz", {"text": "text"}, "'{}' cannot be read"),

@@ -2,8 +2,8 @@
 
 import pytest
 
+from switchx.data import mixtures, tasks
 from switchx.data.mixtures import EMBEDDED, Mixture, mixing_rates
-from switchx.data.tasks import EMBEDDED_SUPERVISED
 from switchx.errors import UserError
 
 COUNTS = {"a": 100, "b": 400, "c": 10_000}
@@ -28,12 +28,52 @@ def test_rates_by_hand(options, weights):
     assert sum(rates.values()) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("maximum", [None, 900, 65536])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_rates_are_those_of_seqio(maximum, temperature):
+    from switchx.data.backend import seqio
+
+    class Counted:
+        name, cache_dir = "counted", None
+
+        def __init__(self, count):
+            self.num_input_examples = lambda split: count
+
+    weights = [
+        seqio.mixing_rate_num_examples(
+            Counted(count), maximum=maximum, temperature=temperature, scale=1.0
+        )
+        for count in COUNTS.values()
+    ]
+    mixture = Mixture("m", list(COUNTS), rates="tempered", maximum=maximum, temperature=temperature)
+    expected = [weight / sum(weights) for weight in weights]
+    assert list(mixing_rates(mixture, COUNTS).values()) == pytest.approx(expected)
+
+
+def test_glue_mixtures_go_by_the_sizes_of_their_training_sets():
+    glue, super_glue = mixtures.GLUE["glue"], mixtures.GLUE["super_glue"]
+    # Raffel et al.'s weights: 949,101 rows without WNLI, 184,351 with 259 of WSC.
+    for mixture, total, trained in ((glue, 949_101, 8), (super_glue, 184_351, 8)):
+        rates = mixing_rates(mixture, {})
+        assert sum(mixture.rates.values()) == total
+        assert sum(rate > 0 for rate in rates.values()) == trained
+    assert "glue_wnli_v002" not in glue.tasks and "glue_mnli_mismatched_v002" in glue.tasks
+    assert mixing_rates(super_glue, {})["super_glue_record_v102"] == 138_854 / 184_351
+
+
 def test_embedded_mixtures_hold_the_transfer_tasks_out():
-    assert set(EMBEDDED) == {"embedded_instructions", "embedded_pretrain_and_tasks"}
-    for mixture in EMBEDDED.values():
-        assert not {"sotu_period", "wn_define"} & set(mixture.tasks)
-    assert len(EMBEDDED["embedded_instructions"].tasks) == 8
-    assert set(EMBEDDED["embedded_instructions"].tasks) < set(EMBEDDED_SUPERVISED)
+    assert set(EMBEDDED) == {
+        "embedded_instructions",
+        "embedded_pretrain_and_tasks",
+        "embedded_tasks",
+    }
+    for mixture in mixtures.NAMED.values():
+        for held_out in ("sotu_period", "wn_define"):
+            assert not any(task.startswith(held_out) for task in mixture.tasks)
+    plain = EMBEDDED["embedded_tasks"].tasks
+    assert len(plain) == 8 and set(plain) < set(tasks.EMBEDDED)
+    templated = EMBEDDED["embedded_instructions"].tasks
+    assert templated == tuple(f"{name}_instructions" for name in plain)
     rates = mixing_rates(EMBEDDED["embedded_pretrain_and_tasks"], {})
     assert rates["embedded_span_corruption"] == 0.5
     assert rates["date_iso"] == 0.0625
@@ -48,7 +88,9 @@ MISTAKES = [
     ({"rates": "capped"}, "'capped' needs Mixture.maximum"),
     ({"rates": {"first": 1}}, "has no rate for 'second'"),
     ({"rates": {"first": 1, "secnd": 1}}, "'secnd', not a task.*did you mean 'second'"),
-    ({"rates": {"first": 0, "second": 1}}, "rates\\['first'\\] = 0 must be a positive"),
+    ({"rates": {"first": -1, "second": 1}}, "rates\\['first'\\] = -1 must be a number from 0 on"),
+    ({"rates": {"first": True, "second": 1}}, "rates\\['first'\\] = True must be a number"),
+    ({"rates": {"first": 0, "second": 0.0}}, "rates of 'm' sum to zero: nothing is left"),
     ({"maximum": "3"}, "Mixture.maximum = '3'"),
     ({"temperature": 0}, "Mixture.temperature = 0"),
 ]

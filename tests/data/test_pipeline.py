@@ -226,7 +226,8 @@ def test_a_fresh_process_makes_the_same_batches():
         check=True,
         timeout=300,
     )
-    assert fresh.stdout.split() == [few_batches(name) for name in EMBEDDED_PAIR]
+    # Before it, what is said of caches made.
+    assert fresh.stdout.splitlines()[-1].split() == [few_batches(name) for name in EMBEDDED_PAIR]
 
 
 def test_seek_continues_the_stream(small):
@@ -364,11 +365,18 @@ def test_text_of_the_users_own(tmp_path):
         assert len(list(build_eval(config))) >= 1
 
 
-def test_too_little_data(small, tmp_path):
-    config = small_config(small, batch_size=41)
-    with pytest.raises(UserError, match="'small' makes 40 rows .*batch_size = 41; lower"):
-        build_train(config)
-    # The same for rows that are cut from text, where examples do not tell.
+def test_pairs_fewer_than_a_batch_are_taken_more_than_once(small, capsys):
+    config = small_config(small, batch_size=100)
+    batches = build_train(config)
+    assert "small: an epoch makes 40 rows, fewer than DataConfig.batch_size = 100" in (
+        capsys.readouterr().out
+    )
+    rows = [row.tobytes() for _ in range(2) for row in next(batches).encoder_tokens]
+    assert {rows.count(row) for row in rows} == {5}
+    assert len({row for row in rows[:40]}) == len({row for row in rows[40:80]}) == 40
+
+
+def test_too_little_data(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a few words only"}\n')
     task = FileTask("tiny", str(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match="'tiny' makes [01] rows"):

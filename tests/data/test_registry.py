@@ -128,7 +128,7 @@ def test_seqio_evaluates_a_task(tmp_path):
 
 
 def test_register_replaces_another_vocabulary():
-    name = "embedded_instructions"
+    name = "embedded_tasks"
     for vocabulary, size in (("spm8k", 8100), ("bytes", 359)):
         registry.register(config(name, vocabulary=vocabulary))
         found = seqio.get_mixture_or_task(name)
@@ -164,8 +164,8 @@ def test_unknown_names():
     ):
         with pytest.raises(UserError, match=f"no task or mixture is called '{name}'.*{hint}"):
             registry.find(config(name))
-    nested = Mixture("mine", ["embedded_instructions", "date_iso"])
-    with pytest.raises(UserError, match="contains mixture 'embedded_instructions'"):
+    nested = Mixture("mine", ["embedded_tasks", "date_iso"])
+    with pytest.raises(UserError, match="contains mixture 'embedded_tasks'"):
         registry.find(config("mine", nested))
     with pytest.raises(UserError, match="called 'date_is'.*did you mean 'date_iso'"):
         registry.find(config("mine", Mixture("mine", ["date_is"])))

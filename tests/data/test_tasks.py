@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import pytest
 
@@ -17,8 +18,59 @@ def write_jsonl(path, rows):
 
 def test_embedded_tasks_are_those_shipped():
     shipped = {path.name.split(".")[0] for path in (corpus.EMBEDDED / "tasks").iterdir()}
-    assert set(tasks.EMBEDDED_SUPERVISED) == shipped
+    supervised = {n for n, task in tasks.EMBEDDED.items() if task.objective == "supervised"}
+    assert supervised == shipped
     assert len(shipped) == 11
+
+
+def test_options_are_the_labels_of_the_shipped_tasks():
+    counts = {}
+    for name, task in tasks.EMBEDDED.items():
+        if task.options is not None:
+            rows = [row for split in task.splits for row in task.examples(split)]
+            assert {row["targets"] for row in rows} == set(task.options)
+            counts[name] = len(task.options)
+    assert counts == {"sotu_period": 4, "wn_hypernym_nli": 2, "wn_supersense": 25, "wn_syn_ant": 2}
+
+
+# What the rows of a task were grouped by before they were split, read off their inputs.
+GROUPS = {
+    "cldr_names": r"Translate the (.* name) from English to \w+(: .*)",
+    "cmudict_g2p": r'Pronounce the word "(.*)" in ARPAbet phonemes\.',
+    "date_iso": None,
+    "inflection": r'Give the .* of the \w+ "(.*)"\.',
+    "num2words": r"Write the number (.*) in \w+ words\.",
+    "wn_define": r'Define the \w+ "(.*?)" as used in: .*',
+    "wn_hypernym_nli": r"Premise: this is an? (.*?) \(.*",
+    "wn_reverse_dictionary": None,
+    "wn_supersense": r'What kind of thing is "(.+?)" \(.*',
+    "wn_syn_ant": r'Are "(.*)" and ".*" synonyms or antonyms\?',
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_no_group_is_in_two_splits(name):
+    pattern = GROUPS[name]
+    groups = {}
+    for split in corpus.SPLITS:
+        for row in corpus.embedded_task(name, split):
+            # Dates by the day, definitions by the word.
+            match = pattern and re.fullmatch(pattern, row["inputs"], re.DOTALL)
+            assert match or pattern is None, row["inputs"]
+            group = match.groups() if match else row["targets"]
+            groups.setdefault(group, set()).add(split)
+    assert len(groups) > 1000
+    assert not [group for group, splits in groups.items() if len(splits) > 1]
+
+
+def test_addresses_share_one_passage_that_was_given_twice():
+    splits = [
+        {row["inputs"] for row in corpus.embedded_task("sotu_period", split)}
+        for split in corpus.SPLITS
+    ]
+    shared = splits[0] & splits[1] | splits[0] & splits[2] | splits[1] & splits[2]
+    # Two addresses have it.
+    assert [text[:20] for text in shared] == ["The fortunes amassed"]
 
 
 def test_text_files_are_held_out_by_content(tmp_path):
@@ -33,6 +85,34 @@ def test_text_files_are_held_out_by_content(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", rows[:150])
     again = FileTask("mine", [path, str(tmp_path / "b.jsonl")], validation_fraction=0.1)
     assert {e["text"] for e in again.examples("validation")} == {e["text"] for e in validation}
+
+
+def test_labels_must_be_options(tmp_path):
+    rows = [{"inputs": str(i), "targets": label} for i, label in enumerate(["yes", "no"] * 10)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    task = FileTask("mine", path, objective="supervised", options=["no", "yes"])
+    assert len(task.examples("train")) + len(task.examples("validation")) == 20
+    write_jsonl(tmp_path / "a.jsonl", [*rows, {"inputs": "x", "targets": "yess"}])
+    with pytest.raises(UserError, match="a.jsonl:21: targets 'yess' is none of the options; did"):
+        task.examples("train")
+    # The cache of tokens must not be taken for one that was checked against other labels.
+    plain = FileTask("mine", path, objective="supervised")
+    assert {**plain.content(), "options": ["no", "yes"]} == task.content()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.csv"])
+def test_twenty_lines_are_split(tmp_path, name):
+    pairs = [(f"question {i}", f"answer {i}") for i in range(20)]
+    if name == "a.jsonl":
+        write_jsonl(tmp_path / name, [{"inputs": a, "targets": b} for a, b in pairs])
+    else:
+        mark = "," if name == "a.csv" else "\t"
+        lines = [mark.join(row) for row in [("inputs", "targets"), *pairs]]
+        (tmp_path / name).write_text("\n".join(lines))
+    task = FileTask("mine", str(tmp_path / name), objective="supervised")
+    train, validation = task.examples("train"), task.examples("validation")
+    assert 1 <= len(validation) <= 3 and len(train) + len(validation) == 20
+    assert not {row["inputs"] for row in train} & {row["inputs"] for row in validation}
 
 
 def test_validation_files_are_used_as_they_are(tmp_path):
@@ -93,7 +173,11 @@ FILE_MISTAKES = [
     ({"objective": "span_corupt"}, "objective = .* did you mean 'span_corruption'"),
     ({"objective": "supervised", "format": "text"}, "has no inputs and targets"),
     ({"text_field": ""}, "FileTask.text_field = ''"),
-    ({"metrics": "rouge"}, "metrics has the unknown 'rouge'; did you mean 'rouge_l'"),
+    ({"metrics": "rouge"}, "metrics has the unknown 'rouge'; did you mean 'rouge_"),
+    ({"options": ["a", "b"]}, "options are the labels of objective 'supervised', not of 'span"),
+    ({"objective": "supervised", "options": ["a", "a"]}, "at least two labels, none of them twice"),
+    ({"objective": "supervised", "options": ["a"]}, "FileTask.options = .*at least two labels"),
+    ({"objective": "supervised", "options": []}, "FileTask.options = "),
 ]
 
 
