@@ -12,15 +12,17 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from switchx import distributed
 from switchx.errors import UserError
-from switchx.training import checksums
+from switchx.training import checksums, lora
+from switchx.training.selection import Criterion
 from switchx.training.state import TrainState, num_bytes
+from switchx.training.trainable import ADAPTERS
 
-BEST_METRIC = "cross_entropy"
 # The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
 ITEMS = ("params", "optimizer", "data")
 METRICS = "metrics"
@@ -79,24 +81,28 @@ class Checkpointer:
     Args:
       directory: created if missing.
       keep: how many of the latest to keep.
-      keep_best: how many of those with the lowest evaluated cross-entropy to keep besides.
+      keep_best: how many of those with the best evaluations to keep besides.
+      criterion: which evaluation is the best.
 
     Raises:
       UserError: not writable, or there are checkpoints but all of them are damaged (which
         leaves them where they are).
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int = 3, keep_best: int = 1):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep: int = 3,
+        keep_best: int = 1,
+        criterion: Criterion = Criterion(),
+    ):
         self._directory = directory.absolute()
         if distributed.is_first():
             _set_aside_damaged(self._directory)
         distributed.wait_for_all("checkpoints")
-
-        def score(metrics: dict[str, float]) -> float:
-            return -metrics[BEST_METRIC]
-
         best = policies.BestN(
-            get_metric_fn=score,
+            get_metric_fn=criterion.score,
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
@@ -109,7 +115,7 @@ class Checkpointer:
                     temporary_path_class=_ItemPath,
                     async_options=_ASYNC,
                     # Only with this are the metrics saved, and the best kept after a restart.
-                    best_fn=score,
+                    best_fn=criterion.score,
                     preservation_policy=policies.AnyPreservationPolicy(
                         [policies.LatestN(keep), best]
                     ),
@@ -135,7 +141,8 @@ class Checkpointer:
         Args:
           state: saved under its own step.
           position: of the data, JSON values.
-          metrics: with `BEST_METRIC`, if this step was evaluated.
+          metrics: numbers of the evaluation, if this step was evaluated, the criterion's among
+            them and finite.
 
         Raises:
           UserError: this or an earlier save failed (disk full, directory gone).
@@ -231,6 +238,8 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainState:
     """Start from another run: its parameters and, if `optimizer`, its optimizer state and step.
 
+    Parameters come merged with the adapters that lie beside them, and without adapters.
+
     Args:
       path: a run directory, its checkpoints folder, or one checkpoint (a step) in it.
       abstract: shapes, dtypes and shardings wanted. Without `optimizer` only its `params` are
@@ -256,23 +265,37 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
             raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
-        _check_same(saved, abstract.params, path)
+        wanted = lora.base(abstract.params)
+        _check_same(lora.base(saved), wanted, path)
+        if ADAPTERS in saved:
+            wanted[ADAPTERS] = _on_every_device(saved[ADAPTERS], wanted)
         try:
-            params = checkpointer.restore(directory / "params", abstract.params)
+            params = checkpointer.restore(directory / "params", wanted)
         except jax.errors.JaxRuntimeError:
             raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
+        if ADAPTERS in params:
+            where = jax.tree.map(lambda leaf: leaf.sharding, lora.base(wanted))
+            params = jax.jit(lora.merge, donate_argnums=0, out_shardings=where)(params)
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
         try:
             rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
         except ValueError as error:
             raise UserError(
-                f"the optimizer state of {path} is not that of this OptimizerConfig; use the same "
-                "one, or leave Experiment.initial_optimizer off"
+                f"the optimizer state of {path} is not that of this OptimizerConfig and "
+                "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off"
             ) from error
         return TrainState(params=params, **rest)
+
+
+def _on_every_device(saved: Any, like: Any) -> Any:
+    """Saved arrays as they are to be restored, whole on the devices of a tree of shapes."""
+    where = NamedSharding(jax.tree.leaves(like)[0].sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), saved
+    )
 
 
 def _unreadable(checkpoint: pathlib.Path, error: Exception) -> UserError:

@@ -11,7 +11,7 @@ from tests.training.conftest import small_config
 
 
 def estimate(config, mesh: dict[str, int], devices: int, rows: int = 4) -> memory.Memory:
-    _, abstract, _, _ = create_state(
+    _, abstract, *_ = create_state(
         T5(config),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=0,
@@ -26,7 +26,7 @@ def test_state_and_gradients_are_exact():
     assert need.gradients == 4 * config.num_params
     # Parameters, step, two words of key, and Adafactor's v (nothing here is large enough to be
     # factored: three slots a leaf, two of them placeholders of one float, and a count).
-    _, abstract, _, _ = create_state(
+    _, abstract, *_ = create_state(
         T5(config),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=0,
