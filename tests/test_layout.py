@@ -24,6 +24,7 @@ ORDER = (
     ("experiment",),
     ("overview",),
     ("run", "trained", "command_line", "configuration"),
+    ("regime",),
     ("research",),
 )
 

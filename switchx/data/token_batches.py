@@ -169,7 +169,7 @@ class TokenBatches(Iterator[Batch]):
         """Make the window that is next, so that what is wrong with the data shows now.
 
         Raises:
-          UserError: a task without examples, or a single task that makes less than a batch.
+          UserError: a task without examples.
         """
         for member, examples in zip(self._members, self._examples, strict=True):
             if not examples.count:
@@ -181,7 +181,14 @@ class TokenBatches(Iterator[Batch]):
                 rows += len(self._window if number == self._number else self._make(number))
                 if rows >= self._config.batch_size:
                     return
-            raise too_small(self._config, self._members[0].name, rows)
+            if not rows:
+                raise too_small(self._config, self._members[0].name, rows)
+            print(
+                f"{self._members[0].name}: {rows} row(s) in all, fewer than BATCH_SIZE = "
+                f"{self._config.batch_size}: every batch holds the data "
+                f"{self._config.batch_size / rows:.3g} times",
+                flush=True,
+            )
 
     def position(self) -> dict[str, Any]:
         """Where the next batch is, as integers and a string that go into JSON."""

@@ -82,7 +82,7 @@ class Checkpointer:
       directory: created if missing.
       keep: how many of the latest to keep.
       keep_best: how many of those with the best evaluations to keep besides.
-      criterion: which evaluation is the best.
+      criterion: which evaluation is the best; None is the lowest cross-entropy.
 
     Raises:
       UserError: not writable, or there are checkpoints but all of them are damaged (which
@@ -95,8 +95,9 @@ class Checkpointer:
         *,
         keep: int = 3,
         keep_best: int = 1,
-        criterion: Criterion = Criterion(),
+        criterion: Criterion | None = None,
     ):
+        criterion = criterion or Criterion()
         self._directory = directory.absolute()
         if distributed.is_first():
             _set_aside_damaged(self._directory)
@@ -252,6 +253,11 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
     """
     directory = find_checkpoint(pathlib.Path(path))
     items = ITEMS[:2] if optimizer else ITEMS[:1]
+    if optimizer and (directory / "params").is_dir() and not (directory / "optimizer").exists():
+        raise UserError(
+            f"checkpoint {directory} has parameters and no optimizer state to keep; leave "
+            "Experiment.initial_optimizer off (KEEP_OPTIMIZER=False)"
+        )
     if distributed.is_first() and (damage := find_damage(directory, items)):
         raise UserError(
             f"checkpoint {directory} is damaged ({damage}); give another one, or a good copy of it"
@@ -280,14 +286,26 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
             params = jax.jit(lora.merge, donate_argnums=0, out_shardings=where)(params)
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
+    rest = _restore_optimizer(directory, _without_params(abstract), path)
+    return TrainState(params=params, **rest)
+
+
+def _restore_optimizer(directory: pathlib.Path, wanted: Any, path: str) -> Any:
+    """What is wanted of a saved training state, which may be of more parameters."""
+    how = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
-        except ValueError as error:
+            return checkpointer.restore(directory / "optimizer", args=how)
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"the optimizer state of {path} is not that of this OptimizerConfig and "
-                "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off"
+                "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off "
+                "(KEEP_OPTIMIZER=False)"
             ) from error
-        return TrainState(params=params, **rest)
 
 
 def _on_every_device(saved: Any, like: Any) -> Any:
