@@ -13,7 +13,7 @@ from typing import NamedTuple
 from switchx import distributed, sharding
 from switchx.data import pipeline
 from switchx.errors import UserError, check_choice, check_range, check_types
-from switchx.experiment import MAY_CHANGE, Experiment, check_fits
+from switchx.experiment import MAY_CHANGE, Experiment, check_fits, plan_state
 from switchx.run import train
 from switchx.run_directory import RunDirectory
 from switchx.training.checkpoint import find_checkpoint
@@ -175,7 +175,7 @@ def check(regime: Regime) -> None:
 
     Raises:
       UserError: no checkpoint to start from, an unknown task, data that is missing or broken,
-        what does not fit, or directories that hold other runs.
+        parameters that do not exist, what does not fit, or directories that hold other runs.
     """
     root = pathlib.Path(regime.model_dir)
     if (root / "config.json").exists():
@@ -188,7 +188,11 @@ def check(regime: Regime) -> None:
         find_checkpoint(pathlib.Path(first))
     for stage in regime.stages:
         for experiment in runs(regime, stage):
-            check_fits(experiment, sharding.make_mesh(experiment.mesh, distributed.devices()))
+            mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
+            check_fits(experiment, mesh)
+            if experiment.trainable is not None or experiment.lora is not None:
+                with sharding.use(mesh, experiment.rules):
+                    plan_state(experiment, mesh)
             directory = RunDirectory(experiment.model_dir, writes=False)
             # Where a stage starts from is known when the one before has ended.
             may_change = (*MAY_CHANGE, "initial_checkpoint_path")

@@ -102,8 +102,13 @@ class Checkpointer:
         if distributed.is_first():
             _set_aside_damaged(self._directory)
         distributed.wait_for_all("checkpoints")
+
+        def quality(metrics: dict[str, float]) -> Any:
+            # Of equal ones the earliest: there it was reached.
+            return criterion.score(metrics), -metrics.get("step", 0)
+
         best = policies.BestN(
-            get_metric_fn=criterion.score,
+            get_metric_fn=quality,
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
@@ -116,7 +121,7 @@ class Checkpointer:
                     temporary_path_class=_ItemPath,
                     async_options=_ASYNC,
                     # Only with this are the metrics saved, and the best kept after a restart.
-                    best_fn=criterion.score,
+                    best_fn=quality,
                     preservation_policy=policies.AnyPreservationPolicy(
                         [policies.LatestN(keep), best]
                     ),
@@ -161,7 +166,7 @@ class Checkpointer:
                     optimizer=ocp.args.StandardSave(_without_params(state)),
                     data=ocp.args.JsonSave(position),
                 ),
-                metrics=metrics,
+                metrics=None if metrics is None else {"step": step, **metrics},
                 force=True,
             )
         except jax.errors.JaxRuntimeError:
@@ -283,7 +288,12 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
             raise _unreadable(directory, error) from error
         if ADAPTERS in params:
             where = jax.tree.map(lambda leaf: leaf.sharding, lora.base(wanted))
-            params = jax.jit(lora.merge, donate_argnums=0, out_shardings=where)(params)
+            merge = jax.jit(
+                lambda base, adapters: lora.merge({**base, ADAPTERS: adapters}),
+                donate_argnums=0,
+                out_shardings=where,
+            )
+            params = merge(lora.base(params), params[ADAPTERS])
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
     rest = _restore_optimizer(directory, _without_params(abstract), path)
@@ -299,13 +309,21 @@ def _restore_optimizer(directory: pathlib.Path, wanted: Any, path: str) -> Any:
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            return checkpointer.restore(directory / "optimizer", args=how)
+            found = checkpointer.restore(directory / "optimizer", args=how)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the optimizer state of {path} is not that of this OptimizerConfig and "
-                "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off "
-                "(KEEP_OPTIMIZER=False)"
-            ) from error
+            raise _another_optimizer(path) from error
+    # What was not saved comes back as it was asked for.
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found)):
+        raise _another_optimizer(path)
+    return found
+
+
+def _another_optimizer(path: str) -> UserError:
+    return UserError(
+        f"the optimizer state of {path} is not that of this OptimizerConfig and "
+        "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off "
+        "(KEEP_OPTIMIZER=False)"
+    )
 
 
 def _on_every_device(saved: Any, like: Any) -> Any:
