@@ -133,7 +133,7 @@ def run(regime: Regime, config_gin: str = "") -> list[Outcome]:
 
     Args:
       regime: what to run.
-      config_gin: text for config.gin of every run.
+      config_gin: as `run.train`, for every run.
 
     Raises:
       UserError: what can be seen before any work is raised before any; else as `run.train`.
