@@ -120,13 +120,10 @@ def test_the_loss_is_that_of_the_merged_parameters(config, params, batch):
     assert value == merged != without
 
 
-@pytest.mark.parametrize("shape", [{"data": 1}, {"data": 2, "expert": 5}], ids=str)
+@pytest.mark.parametrize("shape", [{"data": 1}, {"expert": 5}], ids=str)
 def test_only_adapters_are_trained_on_any_mesh(shape):
     config = small_config(num_heads=2, vocab_size=62, d_ff=12)
-    devices = int(np.prod(list(shape.values())))
-    if devices > jax.device_count():
-        shape, devices = {"data": 1, "expert": 5}, 5
-    mesh = sharding.make_mesh(shape, jax.devices()[:devices])
+    mesh = sharding.make_mesh(shape, jax.devices()[: sum(shape.values())])
     with sharding.use(mesh):
         plan = create_state(
             T5(config),
