@@ -1,6 +1,7 @@
-"""Turn someone else's checkpoint into a run directory.
+"""Turn someone else's checkpoint, or a run with adapters, into a run directory of plain parameters.
 
 python scripts/convert.py --from=hf path/to/save_pretrained_folder runs/converted
+python scripts/convert.py --from=run runs/adapted/checkpoints/500 runs/merged
 """
 
 from switchx import process

@@ -17,14 +17,18 @@ from switchx.models.config import ModelConfig, read_config
 from switchx.models.t5 import T5
 from switchx.moe.config import MoeConfig, check_whole_rows, group_shape
 from switchx.reconstruction import change, reconstruct
+from switchx.training import trainable
+from switchx.training.lora import LoraConfig
 from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
+from switchx.training.selection import DIRECTIONS, Criterion
 from switchx.training.state import StatePlan, create_state
 
 # A continued run may differ from its beginning in these: none changes what a step computes.
 MAY_CHANGE = (
     "train_steps",
     "eval_period",
+    "eval_first",
     "eval_steps",
     "checkpoint_period",
     "log_period",
@@ -33,6 +37,9 @@ MAY_CHANGE = (
     "num_decoded_examples",
     "keep_checkpoints",
     "keep_best_checkpoints",
+    "best_metric",
+    "best_direction",
+    "early_stopping_patience",
     "model_dir",
     "data.token_cache_dir",
     "on_nonfinite",
@@ -49,15 +56,26 @@ class Experiment:
     Attributes:
       model, data, optimizer, loss: the parts.
       model_dir: the run directory (macro MODEL_DIR).
-      train_steps: updates in all (TRAIN_STEPS).
+      train_steps: updates in all, of this run (TRAIN_STEPS).
       eval_period: steps between evaluations (EVAL_PERIOD); the last step is evaluated too.
+      eval_first: evaluate before the first step of a new run as well.
       eval_steps: batches per evaluation, None for the whole split (EVAL_STEPS).
       checkpoint_period: steps between checkpoints (CHECKPOINT_PERIOD); the last is saved too.
-      keep_checkpoints, keep_best_checkpoints: how many of the latest, and of those with the
-        lowest evaluated cross-entropy.
+      keep_checkpoints, keep_best_checkpoints: how many of the latest, and of the best among
+        those of evaluated steps.
+      best_metric: what is compared to find the best: any number in an evaluation's row of
+        metrics.jsonl, "outer/inner" for nested ones.
+      best_direction: "lowest" or "highest"; None goes by the metric's name, see
+        `selection.Criterion`.
+      early_stopping_patience: end after so many evaluations in a row without a better one; None
+        for never.
       initial_checkpoint_path: run directory or checkpoint whose parameters a new run starts
         from (INITIAL_CHECKPOINT_PATH).
-      initial_optimizer: take its optimizer state and step as well.
+      initial_optimizer: take its optimizer state as well. Steps, and with them the learning-rate
+        schedule, begin at 0 in any case.
+      trainable: names or patterns of the parameters that are trained, see
+        `training.trainable.select`; None is all of them, or with `lora` the adapters alone.
+      lora: adapters beside the parameters; None for none.
       seed: of parameters, dropout and jitter (RANDOM_SEED; the data has its own).
       num_microbatches: pieces a batch is cut into to save memory (NUM_MICROBATCHES).
       mesh: devices along (data, fsdp, expert, model); -1 takes the rest (MESH).
@@ -80,12 +98,18 @@ class Experiment:
     model_dir: str = "runs/experiment"
     train_steps: int = 1000
     eval_period: int = 100
+    eval_first: bool = False
     eval_steps: int | None = 20
     checkpoint_period: int = 100
     keep_checkpoints: int = 3
     keep_best_checkpoints: int = 1
+    best_metric: str = "cross_entropy"
+    best_direction: str | None = None
+    early_stopping_patience: int | None = None
     initial_checkpoint_path: str | None = None
     initial_optimizer: bool = False
+    trainable: str | Sequence[str] | None = None
+    lora: LoraConfig | None = None
     seed: int = 0
     num_microbatches: int = 1
     mesh: dict[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
@@ -122,6 +146,26 @@ class Experiment:
         check_range(self, "compilation_cache_dir", folder is None or bool(folder), "a path or None")
         check_range(self, "mesh", bool(self.mesh), "one axis or more, as in {'data': -1}")
         _ = self.rules
+        check_range(self, "best_metric", bool(self.best_metric), "a metric")
+        if self.best_direction is not None:
+            check_choice(self, "best_direction", DIRECTIONS)
+        patience = self.early_stopping_patience
+        valid = patience is None or patience >= 1
+        check_range(self, "early_stopping_patience", valid, "at least 1, or None")
+        if patience is not None and self.eval_period % self.checkpoint_period:
+            raise UserError(
+                f"EVAL_PERIOD = {self.eval_period} is not a multiple of CHECKPOINT_PERIOD = "
+                f"{self.checkpoint_period}: Experiment.early_stopping_patience waits for the best "
+                "evaluation, and its checkpoint would not be saved; set both to the same"
+            )
+        trainable.check_patterns(self.trainable, "Experiment.trainable")
+        if self.trainable is not None and not isinstance(self.trainable, str):
+            object.__setattr__(self, "trainable", tuple(self.trainable))
+        if self.lora is not None and self.initial_optimizer:
+            raise UserError(
+                "Experiment.initial_optimizer with Experiment.lora: adapters are new, there is no "
+                "optimizer state of them to keep; set one of the two only"
+            )
         if self.initial_optimizer and self.initial_checkpoint_path is None:
             raise UserError("Experiment.initial_optimizer needs INITIAL_CHECKPOINT_PATH")
 
@@ -130,6 +174,11 @@ class Experiment:
         """Tokens of an encoder row and of a decoder row."""
         lengths = self.data.task_feature_lengths
         return lengths["inputs"], lengths["targets"]
+
+    @property
+    def criterion(self) -> Criterion:
+        """Which evaluation is the best."""
+        return Criterion(self.best_metric, self.best_direction)
 
     @property
     def rules(self) -> sharding.Rules:
@@ -181,13 +230,15 @@ def read_experiment(run_directory: str, changes: Sequence[str] = ()) -> Experime
 
 
 def plan_state(experiment: Experiment, mesh: Mesh) -> StatePlan:
-    """`create_state` of an experiment's model, optimizer and seed."""
+    """`create_state` of an experiment's model, optimizer and seed, and of what it trains."""
     return create_state(
         T5(experiment.model),
         lambda axes: make_optimizer(experiment.optimizer, axes),
         seed=experiment.seed,
         mesh=mesh,
         rules=experiment.rules,
+        trainable=experiment.trainable,
+        lora=experiment.lora,
     )
 
 

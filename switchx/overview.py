@@ -9,29 +9,28 @@ from switchx import sharding
 from switchx.experiment import Experiment
 from switchx.moe import grouped
 from switchx.moe.config import MoeConfig
-from switchx.training import memory
-from switchx.training.state import TrainState, num_bytes
+from switchx.training import lora, memory
+from switchx.training import trainable as subsets
+from switchx.training.state import StatePlan, num_bytes
+from switchx.training.trainable import ADAPTERS
 
 
 def overview(
     experiment: Experiment,
-    abstract: TrainState,
+    plan: StatePlan,
     mesh: Mesh,
-    dropped: Sequence[sharding.Dropped] = (),
 ) -> str:
-    """Model, parameters, data, compute, memory against what there is, devices and directory.
-
-    `dropped` are sharding rules that do not divide a parameter.
-    """
+    """Model, parameters, data, compute, memory against what there is, devices and directory."""
     model = experiment.model
     encoder_length, decoder_length = experiment.lengths
     shards = sharding.batch_shards(mesh)
     need = memory.estimate(
         model,
-        abstract,
+        plan.abstract,
         rows=experiment.data.batch_size // experiment.num_microbatches // shards,
         encoder_length=encoder_length,
         decoder_length=decoder_length,
+        trainable=plan.trainable,
         model_devices=mesh.shape["model"],
         expert_devices=mesh.shape["expert"],
     )
@@ -56,6 +55,7 @@ def overview(
         f"{model.num_heads} heads, vocabulary {model.vocab_size}",
         *experts,
         f"parameters   {model.num_params:,} in all, {model.num_active_params:,} per token",
+        *_trained(experiment, plan),
         f"data         {experiment.data.mixture_or_task_name}: "
         f"{experiment.data.batch_size} rows of "
         f"{encoder_length} + {decoder_length} tokens, "
@@ -66,8 +66,8 @@ def overview(
         f"{_gib(need.state)}, gradients {_gib(need.gradients)}, then activations "
         f"{_gib(need.activations + need.dispatch)} or update {_gib(need.update)}{warning}",
         f"devices      {len(devices)} x {devices[0].device_kind}{processes}{layout}",
-        *_whole(dropped),
-        f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(abstract))})",
+        *_whole(plan.dropped),
+        f"directory    {experiment.model_dir} (checkpoints of {_gib(num_bytes(plan.abstract))})",
     ]
     return "\n".join(lines)
 
@@ -82,6 +82,20 @@ def _experts(moe: MoeConfig) -> str:
     if backend == "grouped":
         backend += f" by {grouped.implementation()}"
     return f"{moe.num_experts} experts{shared}, router {moe.router}{choices}, {slots}, {backend}"
+
+
+def _trained(experiment: Experiment, plan: StatePlan) -> list[str]:
+    """A line where not all parameters are trained."""
+    if experiment.trainable is None and experiment.lora is None:
+        return []
+    number = subsets.count(plan.trained)
+    patterns = experiment.trainable or ADAPTERS
+    what = patterns if isinstance(patterns, str) else ", ".join(patterns)
+    if experiment.lora is not None:
+        matrices = lora.adapted(plan.abstract.params)
+        what += f" of rank {experiment.lora.rank} on {len(matrices)} arrays of matrices"
+    share = number / experiment.model.num_params
+    return [f"trained      {number:,} parameters ({share:.2%}): {what}"]
 
 
 def _whole(dropped: Sequence[sharding.Dropped]) -> list[str]:

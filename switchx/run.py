@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from switchx import distributed, scorecard, sharding
@@ -30,14 +29,15 @@ from switchx.inference.evaluation import evaluate, make_eval_step
 from switchx.models.t5 import T5
 from switchx.overview import overview
 from switchx.run_directory import JsonLines, Nowhere, RunDirectory, versions
-from switchx.training import memory
-from switchx.training.checkpoint import BEST_METRIC, Checkpointer, restore_from
+from switchx.training import lora, memory
+from switchx.training.checkpoint import Checkpointer, restore_from
 from switchx.training.loop import Hook, Interrupted, StopSignals
 from switchx.training.loop import train as train_loop
 from switchx.training.metrics import MetricsWriter, summarizer
 from switchx.training.optimizer import learning_rate_schedule
 from switchx.training.progress import Progress
-from switchx.training.state import TrainState, run_rng
+from switchx.training.selection import Patience, evaluations, numbers
+from switchx.training.state import StatePlan, TrainState
 from switchx.training.step import make_train_step
 
 
@@ -60,7 +60,8 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     """
     mesh = sharding.make_mesh(experiment.mesh, distributed.devices())
     check_fits(experiment, mesh)
-    memory.check_parameters(experiment.model)
+    whole = experiment.trainable is None and experiment.lora is None
+    memory.check_parameters(experiment.model, gradients=whole)
     use_compilation_cache(experiment)
     directory = RunDirectory(experiment.model_dir, writes=distributed.is_first())
     try:
@@ -72,12 +73,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
         directory.close()
 
 
-def compile_step(
-    experiment: Experiment,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    mesh: Mesh,
-) -> Any:
+def compile_step(experiment: Experiment, plan: StatePlan, mesh: Mesh) -> Any:
     """The compiled training step of an experiment: (state, batch) to (state, metrics).
 
     The state is donated. Call it under `sharding.use(mesh)`.
@@ -85,11 +81,12 @@ def compile_step(
     step = make_train_step(
         T5(experiment.model),
         experiment.loss,
-        optimizer,
+        plan.optimizer,
+        trainable=plan.trainable,
         num_microbatches=experiment.num_microbatches,
         log_norms=experiment.log_norms,
     )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
     # Every process reads all metrics.
     everywhere = NamedSharding(mesh, PartitionSpec())
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere))
@@ -103,7 +100,7 @@ def compile_step(
         )
         for field in dataclasses.fields(Batch)
     }
-    compiled = jitted.lower(abstract, Batch(**fields)).compile()
+    compiled = jitted.lower(plan.abstract, Batch(**fields)).compile()
     memory.release()
     return compiled
 
@@ -120,6 +117,7 @@ class _Run:
         self.task = experiment.data.mixture_or_task_name
         self.evaluated: dict[str, Any] = {}
         self.evaluated_step = -1
+        self.patience = Patience(experiment.criterion, experiment.early_stopping_patience)
 
     def run(self, config_gin: str) -> dict[str, Any]:
         """Train to the last step."""
@@ -128,6 +126,7 @@ class _Run:
             directory.checkpoints,
             keep=experiment.keep_checkpoints,
             keep_best=experiment.keep_best_checkpoints,
+            criterion=experiment.criterion,
         )
         if self.checkpointer.latest_step() is None and directory.done:
             raise UserError(
@@ -135,27 +134,34 @@ class _Run:
                 "gone; choose another MODEL_DIR, or remove it to train again"
             )
         first_step = self.checkpointer.latest_step() or 0
-        if first_step >= experiment.train_steps and directory.done:
+        metrics = directory.path / "metrics.jsonl"
+        for row in evaluations(metrics, f"eval/{self.task}", last_step=first_step):
+            self.patience.note(row["step"], row)
+        if directory.done and first_step >= experiment.train_steps:
             print(f"{directory.path} is complete at step {first_step}; raise TRAIN_STEPS to go on")
+            return {}
+        if directory.done and self.patience.exhausted:
+            print(
+                f"{directory.path} is complete: stopped early at step {first_step}; raise "
+                "Experiment.early_stopping_patience to go on"
+            )
             return {}
 
         with concurrent.futures.ThreadPoolExecutor(1, "data") as builder:
             # TensorFlow's import and graph building take as long as initialisation: overlap.
             building = builder.submit(self._build_data)
-            create, abstract, optimizer, dropped = plan_state(experiment, self.mesh)
-            print(overview(experiment, abstract, self.mesh, dropped), flush=True)
-            state, position = self._initial_state(create, abstract)
-            if int(state.step) > experiment.train_steps or (
-                int(state.step) == experiment.train_steps and position is None
-            ):
+            plan = plan_state(experiment, self.mesh)
+            print(overview(experiment, plan, self.mesh), flush=True)
+            state, position = self._initial_state(plan)
+            if int(state.step) > experiment.train_steps:
                 raise UserError(
                     f"TRAIN_STEPS = {experiment.train_steps} is not beyond step {int(state.step)}, "
-                    "where this run starts; it counts from the beginning of training"
+                    "where this run goes on; it counts from the beginning of the run"
                 )
             batches, self.eval_batches, self.sample_batch, self.asked = building.result()
             distributed.wait_for_all("data")
             self._write_descriptions(config_gin)
-            compiled = compile_step(experiment, optimizer, abstract, self.mesh)
+            compiled = compile_step(experiment, plan, self.mesh)
             distributed.wait_for_all("step")
         first_step = int(state.step)
         if position:
@@ -163,8 +169,10 @@ class _Run:
         self.batches = pipeline.Prefetcher(batches, self._place)
         self.samples = self.writer = Nowhere()
         if distributed.is_first():
-            self.samples = JsonLines(directory.path / "samples.jsonl", last_step=first_step)
-            self.writer = MetricsWriter(directory.path, last_step=first_step)
+            # A run that begins keeps nothing, not even an evaluation before its first step.
+            kept = -1 if position is None else first_step
+            self.samples = JsonLines(directory.path / "samples.jsonl", last_step=kept)
+            self.writer = MetricsWriter(directory.path, last_step=kept)
         self.progress = Progress(
             self.writer,
             self.summarize,
@@ -188,19 +196,31 @@ class _Run:
             for part in (self.samples, self.writer, self.batches, self.progress):
                 opened.callback(part.close)
             try:
-                train_loop(
-                    state,
-                    compiled,
-                    self.batches,
-                    last_step=experiment.train_steps,
-                    reporter=self.progress,
-                    hooks=[
-                        Hook(experiment.eval_period, self._evaluate),
-                        Hook(experiment.checkpoint_period, self._save),
-                    ],
-                    save=self._save,
-                    stop=stop,
-                )
+                if experiment.eval_first and not int(state.step):
+                    self._evaluate(0, state)
+                    self.progress.restart_clock()
+                # It was exhausted before, if the end came between the last save and DONE.
+                if not self.patience.exhausted:
+                    train_loop(
+                        state,
+                        compiled,
+                        self.batches,
+                        last_step=experiment.train_steps,
+                        reporter=self.progress,
+                        hooks=[
+                            Hook(experiment.eval_period, self._evaluate),
+                            Hook(experiment.checkpoint_period, self._save),
+                        ],
+                        save=self._save,
+                        stop=stop,
+                        enough=lambda: self.patience.exhausted,
+                    )
+                if self.patience.exhausted:
+                    best = experiment.criterion
+                    self.progress.say(
+                        f"stopped early: {self.patience.waited} evaluations since the {best.best} "
+                        f"{best.metric}, at step {self.patience.best_step}"
+                    )
                 self.checkpointer.close()
                 directory.set_done(True)
             except Interrupted as interrupted:
@@ -237,25 +257,27 @@ class _Run:
             sample = next(iter(pipeline.build_eval(data, num_batches=1)))
         return batches, eval_batches, sample, scorecard.decoded_tasks(experiment)
 
-    def _initial_state(
-        self, create: Any, abstract: TrainState
-    ) -> tuple[TrainState, dict[str, int] | None]:
+    def _initial_state(self, plan: StatePlan) -> tuple[TrainState, dict[str, int] | None]:
         experiment = self.experiment
         if self.checkpointer.latest_step() is not None:
-            state, position = self.checkpointer.restore(abstract)
+            state, position = self.checkpointer.restore(plan.abstract)
             print(f"resuming {self.directory.path} from step {int(state.step)}", flush=True)
             return state, position
         if experiment.initial_checkpoint_path is None:
-            return create(), None
+            return plan.create(), None
         loaded = restore_from(
-            experiment.initial_checkpoint_path, abstract, optimizer=experiment.initial_optimizer
+            experiment.initial_checkpoint_path,
+            plan.abstract,
+            optimizer=experiment.initial_optimizer,
         )
-        what = "parameters, optimizer and step" if experiment.initial_optimizer else "parameters"
+        what = "parameters and optimizer" if experiment.initial_optimizer else "parameters"
         print(f"starting from the {what} of {experiment.initial_checkpoint_path}", flush=True)
+        state = plan.create()
+        # Adapters are those of this run.
+        state = dataclasses.replace(state, params=state.params | loaded.params)
         if experiment.initial_optimizer:
-            rng = jax.device_put(run_rng(experiment.seed), abstract.rng.sharding)
-            return dataclasses.replace(loaded, rng=rng), None
-        return dataclasses.replace(create(), params=loaded.params), None
+            state = dataclasses.replace(state, opt_state=loaded.opt_state)
+        return state, None
 
     def _place(self, batch: Batch) -> Batch:
         where = sharding.batch_sharding(self.mesh)
@@ -283,6 +305,7 @@ class _Run:
     # Hooks ----------------------------------------------------------------------------------
 
     def _evaluate(self, step: int, state: TrainState) -> None:
+        state = dataclasses.replace(state, params=lora.merge(state.params))
         if not hasattr(self, "eval_step"):
             self.eval_step = jax.jit(
                 make_eval_step(self.model, self.experiment.loss),
@@ -293,7 +316,9 @@ class _Run:
         decoded = scorecard.decode(self.experiment, state.params, self.mesh, self.asked)
         summary |= decoded.means
         self.writer.write(step, f"eval/{self.task}", summary)
+        self.experiment.criterion.check(summary)
         self.evaluated, self.evaluated_step = summary, step
+        self.patience.note(step, summary)
         text = (
             f"step {step}: eval loss {summary['loss']:.4f}, "
             f"cross-entropy {summary['cross_entropy']:.4f}, "
@@ -335,6 +360,7 @@ class _Run:
 
     def _save(self, step: int, state: TrainState) -> None:
         metrics = None
-        if self.evaluated_step == step and math.isfinite(self.evaluated[BEST_METRIC]):
-            metrics = {BEST_METRIC: self.evaluated[BEST_METRIC]}
+        if self.evaluated_step == step:
+            found = {name: x for name, x in numbers(self.evaluated).items() if math.isfinite(x)}
+            metrics = found if self.experiment.best_metric in found else None
         self.checkpointer.save(state, self.batches.position(), metrics)

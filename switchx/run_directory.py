@@ -143,6 +143,58 @@ class RunDirectory:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from None
 
 
+def find_file(path: str | None, name: str, what: str) -> pathlib.Path:
+    """A file of the run that INITIAL_CHECKPOINT_PATH names, from which `what` is read.
+
+    Args:
+      path: a run directory, its checkpoints folder, or a checkpoint in it.
+      name: of the file.
+      what: it tells.
+
+    Raises:
+      UserError: no path, or no such file.
+    """
+    if path is None:
+        raise UserError(f"INITIAL_CHECKPOINT_PATH is not set, and {what} is read from there")
+    folder = pathlib.Path(path).absolute()
+    for each in (folder, *folder.parents[:2]):
+        if (each / name).is_file():
+            return each / name
+    raise UserError(
+        f"INITIAL_CHECKPOINT_PATH = {path!r} has no {name}; give a run directory, or a checkpoint "
+        "in it"
+    )
+
+
+def read_vocabulary(path: str | None, *, vocabulary: str | None = None) -> str:
+    """The vocabulary that a run was trained with, unless another is named.
+
+    Args:
+      path: a run directory, its checkpoints folder, or a checkpoint in it; what was converted
+        from elsewhere has its own in vocabulary.model.
+      vocabulary: the other.
+
+    Raises:
+      UserError: the run does not tell.
+    """
+    if vocabulary is not None:
+        return vocabulary
+    directory = find_file(path, "model.json", "the vocabulary").parent
+    if (directory / "vocabulary.model").is_file():
+        return str(directory / "vocabulary.model")
+    try:
+        found = parse_json((directory / "config.json").read_text(encoding="utf-8"))
+        found = found["data"]["vocabulary"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise UserError(
+            f"INITIAL_CHECKPOINT_PATH = {path!r} does not say with which vocabulary the model was "
+            "trained; name it, as in --gin.VOCABULARY=spm32k"
+        )
+    return found
+
+
 class JsonLines:
     """A file of JSON objects, one a line, each with a "step", to which rows are appended.
 

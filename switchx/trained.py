@@ -10,9 +10,16 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from switchx import distributed, sharding
-from switchx.errors import UserError, parse_json
-from switchx.experiment import Experiment, check_fits, plan_state, use_compilation_cache
-from switchx.training.checkpoint import BEST_METRIC, METRICS, find_checkpoint, restore_from
+from switchx.errors import UserError
+from switchx.experiment import (
+    Experiment,
+    check_fits,
+    plan_state,
+    read_experiment,
+    use_compilation_cache,
+)
+from switchx.training.checkpoint import find_checkpoint, restore_from
+from switchx.training.selection import best_checkpoint
 
 
 class Trained(NamedTuple):
@@ -40,8 +47,8 @@ def find_checkpoints(run_directory: str, which: str = "last") -> list[pathlib.Pa
 
     Args:
       run_directory: a run's.
-      which: 'last', 'best' (the lowest metric that a checkpoint holds of its own evaluation, the
-        newest of equals), 'all', or a step.
+      which: 'last', 'best' (by the run's `best_metric`, of those saved at an evaluation), 'all', or
+        a step.
 
     Raises:
       UserError: there is none of them; names those there are.
@@ -54,26 +61,11 @@ def find_checkpoints(run_directory: str, which: str = "last") -> list[pathlib.Pa
     if which == "last":
         return [last]
     if which == "best":
-        scores = {step: _score(last.parent / str(step)) for step in steps}
-        known = {step: score for step, score in scores.items() if score is not None}
-        if not known:
-            raise UserError(f"no checkpoint in {folder} was evaluated; give --checkpoint=last")
-        return [last.parent / str(min(known, key=lambda step: (known[step], -step)))]
+        return [best_checkpoint(last.parent, read_experiment(run_directory).criterion)]
     if which.isdecimal() and int(which) in steps:
         return [last.parent / str(int(which))]
     choices = ", ".join(map(str, steps))
     raise UserError(f"{folder} has no checkpoint {which!r}; there are: last, best, all, {choices}")
-
-
-def _score(checkpoint: pathlib.Path) -> float | None:
-    """What the best checkpoint has the least of; None if the checkpoint was not evaluated."""
-    path = checkpoint / METRICS / METRICS
-    try:
-        return float(parse_json(path.read_bytes())[BEST_METRIC])
-    except OSError:
-        return None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} does not hold {BEST_METRIC!r}; is it damaged?") from None
 
 
 def load(experiment: Experiment, checkpoint: pathlib.Path | None = None) -> Trained:

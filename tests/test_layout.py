@@ -24,6 +24,7 @@ ORDER = (
     ("experiment",),
     ("overview",),
     ("run", "trained", "scorecard", "predictions", "harness", "command_line", "configuration"),
+    ("regime",),
     ("research",),
 )
 

@@ -95,7 +95,7 @@ def test_the_search_finds_what_it_is_for():
 def test_a_run_directory_is_read_without_running_its_gin_file(tmp_path):
     config = small_config()
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    create, abstract, _, _ = create_state(
+    create, abstract, *_ = create_state(
         T5(config), lambda axes: make_optimizer(OptimizerConfig(), axes), seed=1, mesh=mesh
     )
     run, trap = tmp_path / "run", tmp_path / "executed"

@@ -11,13 +11,13 @@ from tests.test_experiment import EXPERIMENT
 def text(monkeypatch, free: int) -> str:
     monkeypatch.setattr("switchx.training.memory.available", lambda: free)
     mesh = sharding.make_mesh({"data": 2}, jax.devices()[:2])
-    _, abstract, _, _ = create_state(
+    plan = create_state(
         T5(EXPERIMENT.model),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=0,
         mesh=mesh,
     )
-    return overview(EXPERIMENT, abstract, mesh)
+    return overview(EXPERIMENT, plan, mesh)
 
 
 def test_one_screen_says_what_will_run(monkeypatch):

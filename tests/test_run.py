@@ -6,6 +6,7 @@ import math
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from switchx.data.pipeline import DataConfig
@@ -15,6 +16,7 @@ from switchx.experiment import Experiment
 from switchx.models.config import ModelConfig
 from switchx.moe.config import MoeConfig
 from switchx.run import train
+from switchx.training.lora import LoraConfig
 from switchx.training.optimizer import OptimizerConfig
 
 MODEL = ModelConfig(
@@ -149,19 +151,18 @@ def test_another_configuration_is_refused(finished):
 @pytest.mark.parametrize("with_optimizer", [False, True])
 def test_a_new_run_starts_from_anothers_parameters(finished, tmp_path, with_optimizer):
     # With a learning rate too small to matter, the first evaluation is the old run's last.
-    step = 12 if with_optimizer else 0
     start = dataclasses.replace(
         finished,
         model_dir=str(tmp_path / "second"),
         initial_checkpoint_path=str(path(finished, "checkpoints") / "12"),
         initial_optimizer=with_optimizer,
         optimizer=dataclasses.replace(finished.optimizer, learning_rate=1e-12),
-        train_steps=step + 1,
+        train_steps=1,
     )
     summary = train(start)
     old = next(row for row in rows(finished, "eval/mine") if row["step"] == 12)
     np.testing.assert_allclose(summary["cross_entropy"], old["cross_entropy"], rtol=1e-5)
-    assert rows(start, "eval/mine")[-1]["step"] == step + 1
+    assert rows(start, "eval/mine")[-1]["step"] == 1
 
 
 def test_the_mesh_does_not_change_the_numbers(experiment, finished, tmp_path):
@@ -208,6 +209,133 @@ def test_dense_models_train_too(experiment, tmp_path):
     )
     summary = train(dense)
     assert "expert_load" not in summary and math.isfinite(summary["loss"])
+
+
+# Fine-tuning ------------------------------------------------------------------------------------
+
+DENSE = dataclasses.replace(MODEL, moe=None, num_encoder_layers=1, num_decoder_layers=1)
+
+
+def small(experiment, directory, **changes) -> Experiment:
+    fields = dict(
+        model=DENSE,
+        model_dir=str(directory),
+        eval_period=2,
+        checkpoint_period=2,
+        num_samples=0,
+        log_period=1,
+    )
+    return dataclasses.replace(experiment, **(fields | changes))
+
+
+def test_early_stopping_ends_a_run_and_survives_a_restart(experiment, tmp_path, capsys):
+    # The number of tokens is the same at every evaluation: never better than at step 2.
+    fields = dict(best_metric="num_tokens", early_stopping_patience=3, eval_first=True)
+    run = small(experiment, tmp_path / "whole", **fields)
+    train(run)
+    assert "stopped early: 3 evaluations since the highest num_tokens, at step 2" in (
+        capsys.readouterr().out
+    )
+    assert [row["step"] for row in rows(run, "eval/mine")] == [0, 2, 4, 6, 8]
+    assert path(run, "DONE").exists() and path(run, "checkpoints/8/params").exists()
+    # The best and the last three.
+    kept = sorted(int(entry.name) for entry in path(run, "checkpoints").iterdir())
+    assert kept == [2, 4, 6, 8]
+
+    # The same, stopped after 4 steps and begun again; then complete, whatever TRAIN_STEPS says.
+    parts = dataclasses.replace(run, model_dir=str(tmp_path / "parts"))
+    train(dataclasses.replace(parts, train_steps=4))
+    train(parts)
+    assert [row["step"] for row in rows(parts, "eval/mine")] == [0, 2, 4, 6, 8]
+    before = path(parts, "metrics.jsonl").read_text()
+    # As a kill between the last save and DONE leaves it.
+    path(parts, "DONE").unlink()
+    for _ in range(2):
+        train(dataclasses.replace(parts, train_steps=20))
+        assert path(parts, "metrics.jsonl").read_text() == before and path(parts, "DONE").exists()
+    assert "complete: stopped early at step 8" in capsys.readouterr().out
+    train(dataclasses.replace(parts, early_stopping_patience=4))
+    assert rows(parts, "eval/mine")[-1]["step"] == 10
+
+
+def test_a_misspelt_metric_is_known_before_training(experiment, tmp_path):
+    run = small(experiment, tmp_path, best_metric="acuracy", eval_first=True)
+    with pytest.raises(UserError, match="best_metric = 'acuracy' .*did you mean 'accuracy'"):
+        train(run)
+    assert rows(run, "train") == []
+    train(dataclasses.replace(run, best_metric="accuracy", train_steps=2))
+    assert [row["step"] for row in rows(run, "eval/mine")] == [0, 2]
+
+
+def test_adapters_are_trained_resumed_and_merged(experiment, tmp_path, capsys):
+    base = small(experiment, tmp_path / "base", train_steps=2)
+    trained_base = train(base)
+    changes = dict(
+        lora=LoraConfig(rank=2, targets="attention"),
+        initial_checkpoint_path=base.model_dir,
+        optimizer=OptimizerConfig(
+            name="adamw", learning_rate=0.01, schedule="constant", warmup_steps=0
+        ),
+        train_steps=4,
+        eval_first=True,
+    )
+    adapted = small(experiment, tmp_path / "adapted", **changes)
+    summary = train(adapted)
+    assert "trained      768 parameters" in capsys.readouterr().out
+    first, *_, last = rows(adapted, "eval/mine")
+    # Nothing is changed by adapters that are new.
+    np.testing.assert_allclose(first["loss"], trained_base["loss"], rtol=1e-6)
+    assert last["loss"] < first["loss"]
+
+    # In two parts, to the bit.
+    parts = dataclasses.replace(adapted, model_dir=str(tmp_path / "parts"))
+    train(dataclasses.replace(parts, train_steps=2))
+    assert train(parts)["loss"] == summary["loss"]
+
+    # Where another run starts, they are part of its parameters.
+    next_run = small(
+        experiment,
+        tmp_path / "next",
+        initial_checkpoint_path=adapted.model_dir,
+        eval_first=True,
+        train_steps=1,
+    )
+    train(next_run)
+    start = rows(next_run, "eval/mine")[0]
+    np.testing.assert_allclose(start["loss"], summary["loss"], rtol=1e-6)
+    assert not path(next_run, "checkpoints/1/params/adapters").exists()
+
+
+def test_a_subset_keeps_its_share_of_the_optimizer(experiment, tmp_path):
+    base = small(experiment, tmp_path / "base", train_steps=2)
+    train(base)
+    part = small(
+        experiment,
+        tmp_path / "part",
+        initial_checkpoint_path=base.model_dir,
+        initial_optimizer=True,
+        trainable="attention",
+        train_steps=2,
+    )
+    train(part)
+    states = {}
+    for run in (base, part):
+        with ocp.StandardCheckpointer() as checkpointer:
+            folder = path(run, "checkpoints/2/optimizer").absolute()
+            states[run.model_dir] = checkpointer.restore(folder)
+    whole, less = states[base.model_dir]["opt_state"], states[part.model_dir]["opt_state"]
+    assert (whole["count"], less["count"]) == (2, 4)  # moments go on, steps begin again
+    assert set(less["v"]["encoder"]["layers_0"]) == {"attention"}
+    assert "token_embedder" in whole["v"] and "token_embedder" not in less["v"]
+    # What was not trained has no state to go on with.
+    back = dataclasses.replace(
+        part,
+        model_dir=str(tmp_path / "back"),
+        trainable=None,
+        initial_checkpoint_path=part.model_dir,
+    )
+    with pytest.raises(UserError, match="optimizer state of .* is not that of this"):
+        train(back)
 
 
 def test_devices_of_this_test():

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from switchx.errors import UserError
-from switchx.run_directory import JsonLines, RunDirectory, put_row, versions
+from switchx.run_directory import JsonLines, RunDirectory, put_row, read_vocabulary, versions
 
 CONFIG = {"model": {"d_model": 8, "layers": [1, 2]}, "train_steps": 5}
 
@@ -163,3 +163,22 @@ def test_rows_are_only_appended_beside_a_running_run(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     with pytest.raises(UserError, match="cannot write .*metrics.jsonl"):
         put_row(tmp_path / "none", {"step": 1, "split": "test/x"})
+
+
+def test_the_vocabulary_of_a_run(tmp_path):
+    with pytest.raises(UserError, match="INITIAL_CHECKPOINT_PATH is not set, and the vocabulary"):
+        read_vocabulary(None)
+    assert read_vocabulary(None, vocabulary="bytes") == "bytes"
+    with pytest.raises(UserError, match="has no model.json; give a run directory"):
+        read_vocabulary(str(tmp_path))
+    (tmp_path / "model.json").write_text("{}")
+    for content in (None, "{", "[]", '{"data": {}}', '{"data": {"vocabulary": 3}}'):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match="does not say with which vocabulary.*--gin.VOCAB"):
+            read_vocabulary(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"data": {"vocabulary": "spm8k"}}')
+    assert read_vocabulary(str(tmp_path / "checkpoints/7")) == "spm8k"
+    # What was converted has its own.
+    (tmp_path / "vocabulary.model").touch()
+    assert read_vocabulary(str(tmp_path)) == str(tmp_path / "vocabulary.model")

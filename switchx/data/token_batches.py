@@ -169,7 +169,7 @@ class TokenBatches(Iterator[Batch]):
         """Make the window that is next, so that what is wrong with the data shows now.
 
         Raises:
-          UserError: a task without examples, or a single one whose text makes less than a batch.
+          UserError: a task without examples.
         """
         for member, examples in zip(self._members, self._examples, strict=True):
             if not examples.count:
@@ -181,13 +181,12 @@ class TokenBatches(Iterator[Batch]):
                 rows += len(self._window if number == self._number else self._make(number))
                 if rows >= self._config.batch_size:
                     return
-            if self._members[0].cache.objective != "supervised":
+            if not rows:
                 raise too_small(self._config, self._members[0].name, rows)
-            # A few pairs of a user's own are worth training on, whatever the batch.
             print(
-                f"{self._members[0].name}: an epoch makes {rows} rows, fewer than "
-                f"DataConfig.batch_size = {self._config.batch_size}: a batch has examples more "
-                "than once",
+                f"{self._members[0].name}: {rows} row(s) in all, fewer than BATCH_SIZE = "
+                f"{self._config.batch_size}: every batch holds the data "
+                f"{self._config.batch_size / rows:.3g} times",
                 flush=True,
             )
 

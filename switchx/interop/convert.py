@@ -1,4 +1,4 @@
-"""Other people's checkpoints as run directories, ready to train, evaluate and decode."""
+"""Checkpoints of others, and runs with adapters, as run directories of plain parameters."""
 
 import argparse
 import pathlib
@@ -6,13 +6,18 @@ import shutil
 from typing import Any, NamedTuple
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 
+from switchx import sharding
 from switchx.errors import UserError
 from switchx.interop import hf
-from switchx.models.config import ModelConfig
-from switchx.run_directory import RunDirectory, versions
+from switchx.models.config import ModelConfig, read_config
+from switchx.models.t5 import T5
+from switchx.run_directory import RunDirectory, find_file, read_vocabulary, versions
 from switchx.training import checksums
+from switchx.training.checkpoint import find_checkpoint, restore_from
+from switchx.training.state import create_state
 
 
 class Converted(NamedTuple):
@@ -48,9 +53,7 @@ def from_hf(
     loaded = hf.load(source, scan_layers=scan_layers, allow_pickle=allow_pickle)
     directory = RunDirectory(run_directory)
     try:
-        taken = [directory.path / "model.json", directory.checkpoints]
-        if found := [path for path in taken if path.exists()]:
-            raise UserError(f"{found[0]} exists; choose another directory or remove that one")
+        _check_free(directory)
         _save_params(directory.checkpoints / "0" / "params", loaded.params)
         vocabulary = None
         if (pathlib.Path(source) / "spiece.model").is_file():
@@ -64,6 +67,56 @@ def from_hf(
     return Converted(loaded.config, directory.path, vocabulary)
 
 
+def from_run(
+    source: str, run_directory: str, *, scan_layers: bool = False, allow_pickle: bool = False
+) -> Converted:
+    """Write the parameters of a checkpoint, adapters merged, as a run directory of their own.
+
+    model.json, checkpoints/<step>/params, versions.json, and what the source has of config.json
+    (without adapters) and vocabulary.model. The optimizer starts afresh.
+
+    Args:
+      source: a run directory, of which the newest checkpoint is taken, or a checkpoint in it.
+      run_directory: where; a directory that holds a run already is refused.
+      scan_layers, allow_pickle: of other sources.
+
+    Raises:
+      UserError: no checkpoint, or a damaged one; or the directory is taken or cannot be written.
+    """
+    if scan_layers or allow_pickle:
+        raise UserError("--scan_layers and --allow_pickle are of --from=hf; leave them out")
+    config = read_config(source)
+    origin = find_file(source, "model.json", "the model").parent
+    mesh = sharding.make_mesh({"data": -1})
+    with sharding.use(mesh):
+        plan = create_state(T5(config), lambda axes: optax.identity(), seed=0, mesh=mesh)
+        params = restore_from(source, plan.abstract, optimizer=False).params
+    step = find_checkpoint(pathlib.Path(source)).name
+    directory = RunDirectory(run_directory)
+    try:
+        _check_free(directory)
+        _save_params(directory.checkpoints / step / "params", params)
+        vocabulary = None
+        if (origin / "vocabulary.model").is_file():
+            vocabulary = directory.path / "vocabulary.model"
+            shutil.copyfile(origin / "vocabulary.model", vocabulary)
+        if (origin / "config.json").is_file():
+            resolved = RunDirectory(str(origin), writes=False).read_json("config.json")
+            changes = {"model_dir": run_directory, "lora": None, "trainable": None}
+            directory.write_json("config.json", {**resolved, **changes})
+        directory.write_json("versions.json", versions(jax.devices(), {}))
+        directory.write_text("model.json", config.to_json() + "\n")
+    finally:
+        directory.close()
+    return Converted(config, directory.path, vocabulary)
+
+
+def _check_free(directory: RunDirectory) -> None:
+    taken = [directory.path / "model.json", directory.checkpoints]
+    if found := [path for path in taken if path.exists()]:
+        raise UserError(f"{found[0]} exists; choose another directory or remove that one")
+
+
 def _save_params(folder: pathlib.Path, params: Any) -> None:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -73,7 +126,7 @@ def _save_params(folder: pathlib.Path, params: Any) -> None:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
 
 
-SOURCES = {"hf": from_hf}
+SOURCES = {"hf": from_hf, "run": from_run}
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
@@ -104,9 +157,10 @@ def describe(converted: Converted) -> str:
         "  --gin_file=gin_configs/runs/from_checkpoint.gin "
         f"--gin.INITIAL_CHECKPOINT_PATH={converted.run_directory}",
     ]
-    if converted.vocabulary:
-        lines.append(f"  --gin.DataConfig.vocabulary={converted.vocabulary}")
-    else:
+    try:
+        vocabulary = read_vocabulary(str(converted.run_directory))
+        lines.append(f"  --gin.DataConfig.vocabulary={vocabulary}")
+    except UserError:
         lines.append(
             "  --gin.DataConfig.vocabulary=...   (the source has no spiece.model: name the "
             "vocabulary it was trained with)"

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import math
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from switchx.errors import UserError, check_choice, check_range, check_types, closest, parse_json
 from switchx.moe.config import MoeConfig, check_activations
 from switchx.moe.routing import ROUTERS
+from switchx.run_directory import find_file
 
 REMAT_POLICIES = ("none", "dots", "full")
 # Beyond any model there is, and what can still be counted layer by layer in no time.
@@ -283,6 +283,10 @@ def read_config(
     *,
     dropout_rate: float | None = None,
     expert_dropout_rate: float | None = None,
+    capacity_factor: float | None = None,
+    eval_capacity_factor: float | None = None,
+    load_balance_weight: float | None = None,
+    group_size: int | str | None = None,
     dtype: str | None = None,
     remat: str | None = None,
 ) -> ModelConfig:
@@ -290,32 +294,42 @@ def read_config(
 
     Args:
       path: a run directory, its checkpoints folder, or a checkpoint in it.
-      dropout_rate, expert_dropout_rate, dtype, remat: instead of what is there; None leaves it.
-        A dense model has no expert dropout to change.
+      dropout_rate, dtype, remat: instead of what is there; None leaves it.
+      expert_dropout_rate, capacity_factor, eval_capacity_factor, load_balance_weight, group_size:
+        the same of the sparse layers of both stacks; a dense model has none to change. A capacity
+        factor also replaces an absolute `expert_capacity`.
 
     Raises:
       UserError: there is no model.json, or it holds something else.
     """
-    if path is None:
-        raise UserError("INITIAL_CHECKPOINT_PATH is not set, and the model is read from there")
-    folder = pathlib.Path(path).absolute()
-    found = [each for each in (folder, *folder.parents[:2]) if (each / "model.json").is_file()]
-    if not found:
-        raise UserError(
-            f"INITIAL_CHECKPOINT_PATH = {path!r} has no model.json; give a run directory, or a "
-            "checkpoint in it"
-        )
+    file = find_file(path, "model.json", "the model")
     try:
-        config = ModelConfig.from_json((found[0] / "model.json").read_text(encoding="utf-8"))
+        config = ModelConfig.from_json(file.read_text(encoding="utf-8"))
     except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"in {found[0]}: {error}") from None
-    if config.moe is not None and expert_dropout_rate is not None:
-        moe = dataclasses.replace(config.moe, expert_dropout_rate=expert_dropout_rate)
-        config = dataclasses.replace(config, moe=moe)
-    changes = {"dropout_rate": dropout_rate, "dtype": dtype, "remat": remat}
-    return dataclasses.replace(
-        config, **{field: value for field, value in changes.items() if value is not None}
-    )
+        raise UserError(f"in {file.parent}: {error}") from None
+    sparse: dict[str, Any] = {
+        "expert_dropout_rate": expert_dropout_rate,
+        "capacity_factor": capacity_factor,
+        "eval_capacity_factor": eval_capacity_factor,
+        "load_balance_weight": load_balance_weight,
+        "group_size": group_size,
+    }
+    sparse = {field: value for field, value in sparse.items() if value is not None}
+    changes: dict[str, Any] = {"dropout_rate": dropout_rate, "dtype": dtype, "remat": remat}
+    changes = {field: value for field, value in changes.items() if value is not None}
+    for field in ("moe", "decoder_moe"):
+        moe = getattr(config, field)
+        if moe is not None:
+            if factors := sorted({"capacity_factor", "eval_capacity_factor"} & sparse.keys()):
+                if ROUTERS[moe.router].capacity == "absolute":
+                    raise UserError(
+                        f"{factors[0].upper()} = {sparse[factors[0]]}: router {moe.router!r} has "
+                        f"parameters for {moe.expert_capacity} slots an expert, whatever the "
+                        "factor; leave it out"
+                    )
+                moe = dataclasses.replace(moe, expert_capacity=None)
+            changes[field] = dataclasses.replace(moe, **sparse)
+    return dataclasses.replace(config, **changes)
 
 
 def _from_dict(cls: type, values: dict[str, Any]) -> Any:

@@ -64,7 +64,7 @@ def prepare(experiment: Experiment) -> Prepared:
     with sharding.use(mesh, experiment.rules):
         plan = plan_state(experiment, mesh)
         start = time.perf_counter()
-        step = compile_step(experiment, plan.optimizer, plan.abstract, mesh)
+        step = compile_step(experiment, plan, mesh)
         seconds = time.perf_counter() - start
         batch = jax.device_put(random_batch(experiment), sharding.batch_sharding(mesh))
         return Prepared(step, plan.create(), batch, seconds)

@@ -167,7 +167,11 @@ class Planner:
             return make_optimizer(experiment.optimizer, axes)
 
         self.described: StateShapes = describe_state(
-            T5(experiment.model), optimizer, seed=experiment.seed
+            T5(experiment.model),
+            optimizer,
+            seed=experiment.seed,
+            trainable=experiment.trainable,
+            lora=experiment.lora,
         )
 
     def analytic(
@@ -202,7 +206,7 @@ class Planner:
         with sharding.use(mesh, experiment.rules):
             state = plan_state(experiment, mesh)
             try:
-                compiled = compile_step(experiment, state.optimizer, state.abstract, mesh)
+                compiled = compile_step(experiment, state, mesh)
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -302,6 +306,7 @@ class Planner:
             rows=batch_size // shards,
             encoder_length=encoder_length,
             decoder_length=decoder_length,
+            trainable=self.described.trainable,
             model_devices=mesh.shape["model"],
             expert_devices=mesh.shape["expert"],
         )

@@ -12,15 +12,17 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from switchx import distributed
 from switchx.errors import UserError
-from switchx.training import checksums
+from switchx.training import checksums, lora
+from switchx.training.selection import Criterion
 from switchx.training.state import TrainState, num_bytes
+from switchx.training.trainable import ADAPTERS
 
-BEST_METRIC = "cross_entropy"
 # The folders of a checkpoint; one of an evaluated step has `METRICS` besides.
 ITEMS = ("params", "optimizer", "data")
 METRICS = "metrics"
@@ -79,24 +81,34 @@ class Checkpointer:
     Args:
       directory: created if missing.
       keep: how many of the latest to keep.
-      keep_best: how many of those with the lowest evaluated cross-entropy to keep besides.
+      keep_best: how many of those with the best evaluations to keep besides.
+      criterion: which evaluation is the best; None is the lowest cross-entropy.
 
     Raises:
       UserError: not writable, or there are checkpoints but all of them are damaged (which
         leaves them where they are).
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int = 3, keep_best: int = 1):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep: int = 3,
+        keep_best: int = 1,
+        criterion: Criterion | None = None,
+    ):
+        criterion = criterion or Criterion()
         self._directory = directory.absolute()
         if distributed.is_first():
             _set_aside_damaged(self._directory)
         distributed.wait_for_all("checkpoints")
 
-        def score(metrics: dict[str, float]) -> float:
-            return -metrics[BEST_METRIC]
+        def quality(metrics: dict[str, float]) -> Any:
+            # Of equal ones the earliest: there it was reached.
+            return criterion.score(metrics), -metrics.get("step", 0)
 
         best = policies.BestN(
-            get_metric_fn=score,
+            get_metric_fn=quality,
             n=keep_best,
             keep_checkpoints_without_metrics=False,
         )
@@ -109,7 +121,7 @@ class Checkpointer:
                     temporary_path_class=_ItemPath,
                     async_options=_ASYNC,
                     # Only with this are the metrics saved, and the best kept after a restart.
-                    best_fn=score,
+                    best_fn=quality,
                     preservation_policy=policies.AnyPreservationPolicy(
                         [policies.LatestN(keep), best]
                     ),
@@ -135,7 +147,8 @@ class Checkpointer:
         Args:
           state: saved under its own step.
           position: of the data, JSON values.
-          metrics: with `BEST_METRIC`, if this step was evaluated.
+          metrics: numbers of the evaluation, if this step was evaluated, the criterion's among
+            them and finite.
 
         Raises:
           UserError: this or an earlier save failed (disk full, directory gone).
@@ -153,7 +166,7 @@ class Checkpointer:
                     optimizer=ocp.args.StandardSave(_without_params(state)),
                     data=ocp.args.JsonSave(position),
                 ),
-                metrics=metrics,
+                metrics=None if metrics is None else {"step": step, **metrics},
                 force=True,
             )
         except jax.errors.JaxRuntimeError:
@@ -231,6 +244,8 @@ def _without_params(state: TrainState) -> dict[str, Any]:
 def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainState:
     """Start from another run: its parameters and, if `optimizer`, its optimizer state and step.
 
+    Parameters come merged with the adapters that lie beside them, and without adapters.
+
     Args:
       path: a run directory, its checkpoints folder, or one checkpoint (a step) in it.
       abstract: shapes, dtypes and shardings wanted. Without `optimizer` only its `params` are
@@ -243,6 +258,11 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
     """
     directory = find_checkpoint(pathlib.Path(path))
     items = ITEMS[:2] if optimizer else ITEMS[:1]
+    if optimizer and (directory / "params").is_dir() and not (directory / "optimizer").exists():
+        raise UserError(
+            f"checkpoint {directory} has parameters and no optimizer state to keep; leave "
+            "Experiment.initial_optimizer off (KEEP_OPTIMIZER=False)"
+        )
     if distributed.is_first() and (damage := find_damage(directory, items)):
         raise UserError(
             f"checkpoint {directory} is damaged ({damage}); give another one, or a good copy of it"
@@ -256,23 +276,62 @@ def restore_from(path: str, abstract: TrainState, *, optimizer: bool) -> TrainSt
             raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
-        _check_same(saved, abstract.params, path)
+        wanted = lora.base(abstract.params)
+        _check_same(lora.base(saved), wanted, path)
+        if ADAPTERS in saved:
+            wanted[ADAPTERS] = _on_every_device(saved[ADAPTERS], wanted)
         try:
-            params = checkpointer.restore(directory / "params", abstract.params)
+            params = checkpointer.restore(directory / "params", wanted)
         except jax.errors.JaxRuntimeError:
             raise  # of devices or processes, not of files
         except Exception as error:
             raise _unreadable(directory, error) from error
+        if ADAPTERS in params:
+            where = jax.tree.map(lambda leaf: leaf.sharding, lora.base(wanted))
+            merge = jax.jit(
+                lambda base, adapters: lora.merge({**base, ADAPTERS: adapters}),
+                donate_argnums=0,
+                out_shardings=where,
+            )
+            params = merge(lora.base(params), params[ADAPTERS])
         if not optimizer:
             return dataclasses.replace(abstract, params=params)
+    rest = _restore_optimizer(directory, _without_params(abstract), path)
+    return TrainState(params=params, **rest)
+
+
+def _restore_optimizer(directory: pathlib.Path, wanted: Any, path: str) -> Any:
+    """What is wanted of a saved training state, which may be of more parameters."""
+    how = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            rest = checkpointer.restore(directory / "optimizer", _without_params(abstract))
-        except ValueError as error:
-            raise UserError(
-                f"the optimizer state of {path} is not that of this OptimizerConfig; use the same "
-                "one, or leave Experiment.initial_optimizer off"
-            ) from error
-        return TrainState(params=params, **rest)
+            found = checkpointer.restore(directory / "optimizer", args=how)
+        except (ValueError, KeyError, TypeError) as error:
+            raise _another_optimizer(path) from error
+    # What was not saved comes back as it was asked for.
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(found)):
+        raise _another_optimizer(path)
+    return found
+
+
+def _another_optimizer(path: str) -> UserError:
+    return UserError(
+        f"the optimizer state of {path} is not that of this OptimizerConfig and "
+        "Experiment.trainable; use the same, or leave Experiment.initial_optimizer off "
+        "(KEEP_OPTIMIZER=False)"
+    )
+
+
+def _on_every_device(saved: Any, like: Any) -> Any:
+    """Saved arrays as they are to be restored, whole on the devices of a tree of shapes."""
+    where = NamedSharding(jax.tree.leaves(like)[0].sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), saved
+    )
 
 
 def _unreadable(checkpoint: pathlib.Path, error: Exception) -> UserError:

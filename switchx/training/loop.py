@@ -81,8 +81,9 @@ def train(
     hooks: Sequence[Hook],
     save: Callable[[int, TrainState], None],
     stop: StopSignals,
+    enough: Callable[[], bool] = lambda: False,
 ) -> TrainState:
-    """Update `state` until it has made `last_step` steps.
+    """Update `state` until it has made `last_step` steps, or until hooks have seen enough.
 
     Metrics are reported one step late, so that the host never waits for a device that has
     nothing to do; before a hook or a save they are reported first.
@@ -94,8 +95,9 @@ def train(
       last_step: counted from the beginning of the run, not of this call.
       reporter: see `Reporter`.
       hooks: run in order.
-      save: called when a signal ends training early.
+      save: called when training ends early.
       stop: set by signals.
+      enough: asked after hooks have run; ends training with a saved state.
 
     Raises:
       Interrupted: a signal came, to any process; the state after the last step is saved.
@@ -116,6 +118,9 @@ def train(
             pending = None
             for hook in due:
                 hook.run(step, state)
+            if due and step < last_step and enough():
+                save(step, state)
+                return state
             if stopped and step < last_step:
                 save(step, state)
                 raise Interrupted(stopped, step)

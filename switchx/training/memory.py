@@ -14,6 +14,9 @@ from switchx.errors import UserError
 from switchx.models.config import ModelConfig
 from switchx.models.stacking import segments
 from switchx.moe.config import group_shape
+from switchx.training import lora
+from switchx.training import trainable as subsets
+from switchx.training.trainable import Path
 
 
 class Memory(NamedTuple):
@@ -22,7 +25,9 @@ class Memory(NamedTuple):
     Attributes:
       weights: the parameters.
       optimizer: its state, the step and the random key.
-      gradients: in float32, all of them at once: an update waits until they are known to be finite.
+      gradients: of what is trained, in float32, all of them at once: an update waits until they
+        are known to be finite. With adapters, also the matrices they are merged into and the
+        gradients of these.
       activations: the most that the backward pass keeps at one time, the exchange left out.
       dispatch: of the same moment, tokens in the slots of experts and what is computed there.
       update: temporaries of the optimizer, when the activations are gone.
@@ -54,16 +59,17 @@ def estimate(
     rows: int,
     encoder_length: int,
     decoder_length: int,
+    trainable: frozenset[Path] | None = None,
     model_devices: int = 1,
     expert_devices: int = 1,
 ) -> Memory:
     """Estimate of a training step on one device.
 
-    State and gradients are exact (gradients are as large as the parameters, in float32). The
-    update needs two temporaries of the largest parameter. Activations are what the backward pass
-    finds of all layers, or with `remat` what is saved of every unit (a block of a scan, or a
-    layer) and all of the largest, which is computed again; then what one attention needs in
-    float32, and one chunk of logits with its gradient.
+    State and gradients are exact (gradients are as large as what is trained, in float32). The
+    update needs two temporaries of the largest trained parameter. Activations are what the
+    backward pass finds of all layers, or with `remat` what is saved of every unit (a block of a
+    scan, or a layer) and all of the largest, which is computed again; then what one attention
+    needs in float32, and one chunk of logits with its gradient.
 
     Args:
       config: of the model.
@@ -71,6 +77,7 @@ def estimate(
       rows: rows of a microbatch on this device.
       encoder_length: tokens of an encoder row.
       decoder_length: tokens of a decoder row.
+      trainable: paths of the parameters that are trained; None is all.
       model_devices: devices of mesh axis `model`, which share heads and hidden units.
       expert_devices: devices of mesh axis `expert`, each of which a dropless layer has room for.
     """
@@ -95,13 +102,15 @@ def estimate(
     largest = max(units, key=sum)
     logits = 2 * min(rows * decoder_length * config.vocab_size, 2**24) * 4
     weights = _bytes_per_device(state.params)
+    trained = state.params if trainable is None else subsets.split(state.params, trainable)[0]
+    merged = lora.adapted(state.params)
     return Memory(
         weights=weights,
         optimizer=_bytes_per_device(state) - weights,
-        gradients=weights,
+        gradients=_bytes_per_device(trained) + 2 * _bytes_per_device(merged),
         activations=saved + largest.activations + max(scores, logits),
         dispatch=largest.dispatch,
-        update=2 * max(map(_bytes_per_device, jax.tree.leaves(state.params))),
+        update=2 * max(map(_bytes_per_device, jax.tree.leaves(trained))),
     )
 
 
@@ -172,20 +181,21 @@ def _layer(
     return _Bytes(elements * size + router, slots * (2 * width + inside) * size)
 
 
-def check_parameters(config: ModelConfig) -> None:
+def check_parameters(config: ModelConfig, *, gradients: bool = True) -> None:
     """Check that parameters and gradients have a place, before anything is traced or allocated.
 
-    They are the least that training needs, spread over all devices.
+    They are the least that training needs, spread over all devices; without `gradients`, where
+    not all is trained, the parameters are.
 
     Raises:
       UserError: more than all devices can hold.
     """
     count, have = jax.device_count(), available()
-    need = 2 * 4 * config.num_params
+    need = (2 if gradients else 1) * 4 * config.num_params
     if need > count * have:
         raise UserError(
             f"a model of {config.num_params:,} parameters needs {need / count / 2**30:,.1f} GiB on "
-            f"each of {count} device(s) for parameters and gradients alone, and "
+            f"each of {count} device(s) for parameters{' and gradients' * gradients} alone, and "
             f"{have / 2**30:.1f} GiB are free; lower d_model, d_ff, the layers or num_experts"
         )
 

@@ -142,7 +142,7 @@ def learning_rate_schedule(config: OptimizerConfig) -> Callable[[Any], Float[Arr
     return lambda step: jnp.asarray(after(step), jnp.float32)
 
 
-def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransformationExtraArgs:
     """The optax transformation that `config` describes, its own step count included.
 
     Args:
@@ -151,7 +151,9 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
         logical names of a parameter's axes, e.g. ``('expert', 'embed', 'expert_mlp')`` or
         ``('layers', 'embed')``. `BATCH_AXES` are special, see `adafactor`.
 
-    `update` needs the parameters. AdamW decays linear maps and embeddings only: not the leaves
+    `update` needs the parameters. It takes the `step` that the learning rate is of, and without it
+    counts: the two differ in a run that takes over another's optimizer state, whose moments go on
+    while its schedule begins. AdamW decays linear maps and embeddings only: not the leaves
     with fewer than two axes beside `BATCH_AXES` (norm scales, biases) nor those with one of
     `BIAS_AXES` (relative position biases).
     """
@@ -170,17 +172,34 @@ def make_optimizer(config: OptimizerConfig, axes: Any) -> optax.GradientTransfor
         )
     else:
         names = _by_path(axes)
-        optimizer = optax.adamw(
-            schedule,
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
+        decays = optax.add_decayed_weights(
+            config.weight_decay,
             mask=lambda params: _map(lambda _, names: _decays(names), names, params),
         )
+        moments = optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.epsilon)
+        optimizer = optax.chain(moments, decays, _scale_by_schedule(schedule))
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _scale_by_schedule(
+    schedule: Callable[[Any], Float[Array, ""]],
+) -> optax.GradientTransformationExtraArgs:
+    """Times minus the learning rate, of `step` if it is given and else of the count so far."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Any = None, **unused: Any
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        rate = schedule(state.count if step is None else step)
+        updates = jax.tree.map(lambda leaf: -rate.astype(leaf.dtype) * leaf, updates)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, optax.ScaleByScheduleState(count=count)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class AdafactorState(NamedTuple):
@@ -213,7 +232,7 @@ def adafactor(
     epsilon2: float = 1e-3,
     min_dim_size_to_factor: int = 128,
     momentum: float | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adafactor as T5 uses it, which treats every layer and every expert as its own parameter.
 
     Shazeer & Stern 2018 (arXiv:1804.04235), algorithms 4 and 5. With gradient G, parameter X,
@@ -233,7 +252,7 @@ def adafactor(
     merely counts experts, such as the output of a router [D, E], must not be named 'expert'.
 
     Args:
-      learning_rate: ρ, or a function of the number of updates so far.
+      learning_rate: ρ, or a function of `update`'s `step`, by default the updates so far.
       axes: nested dicts of tuples or `PartitionSpec`s of logical names, see `make_optimizer`.
       decay_rate: exponent of the second-moment decay.
       clip_threshold: largest RMS of U, or None.
@@ -269,11 +288,14 @@ def adafactor(
             v=second_moment("v"),
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AdafactorState]:
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: Any = None, **unused: Any
+    ) -> tuple[Any, AdafactorState]:
         if params is None:
             raise ValueError("adafactor: update(gradients, state, params) needs params")
         decay = 1.0 - (state.count + 1).astype(jnp.float32) ** -decay_rate
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        when = state.count if step is None else step
+        rate = learning_rate(when) if callable(learning_rate) else learning_rate
 
         def running_mean(old: Any, new: Array) -> Array:
             return decay * old + (1.0 - decay) * new
@@ -290,7 +312,7 @@ def adafactor(
             else:
                 # Every mean squares for itself, or XLA on CPU would write G² and U² out, at twice
                 # the cost of reading G again: hence the barrier, and U² as (G / column) · G.
-                row, column = _inner(leaf_names)
+                row, column = inner_axes(leaf_names)
                 again = jax.lax.optimization_barrier(step)
                 # The mean of G² + ε1, added last: a pure mean of squares needs no array of them.
                 v_row = running_mean(v_row, jnp.mean(jnp.square(step), axis=column) + epsilon1)
@@ -317,7 +339,7 @@ def adafactor(
         count = jnp.asarray(optax.safe_increment(state.count))
         return steps, AdafactorState(count=count, v_row=v_row, v_col=v_col, v=v)
 
-    optimizer = optax.GradientTransformation(init, update)
+    optimizer = optax.GradientTransformationExtraArgs(init, update)
     if momentum is None:
         return optimizer
     mean = optax.ema(momentum, debias=False, accumulator_dtype=jnp.float32)
@@ -352,8 +374,8 @@ def state_axes(optimizer: optax.GradientTransformation, params: Any, axes: Any) 
             return PartitionSpec()
         shape, leaf_names = known[path[start:]]
         field = getattr(path[start - 1], "name", None) if start else None
-        if field in ("v_row", "v_col") and len(_inner(leaf_names)) == 2:
-            row, column = _inner(leaf_names)
+        if field in ("v_row", "v_col") and len(inner_axes(leaf_names)) == 2:
+            row, column = inner_axes(leaf_names)
             dropped = column if field == "v_row" else row
             shape = (*shape[:dropped], *shape[dropped + 1 :])
             leaf_names = (*leaf_names[:dropped], *leaf_names[dropped + 1 :])
@@ -399,21 +421,21 @@ def _map(function: Callable, names: dict[tuple, Any], tree: Any, *trees: Any) ->
     return jax.tree_util.tree_map_with_path(call, tree, *trees)
 
 
-def _inner(names: Axes) -> tuple[int, ...]:
-    """Positions of the axes that are not batch axes."""
+def inner_axes(names: Axes) -> tuple[int, ...]:
+    """Positions of the axes that are not `BATCH_AXES`."""
     return tuple(i for i, name in enumerate(names) if name not in BATCH_AXES)
 
 
 def _decays(names: Axes) -> bool:
     """Whether AdamW's weight decay applies."""
-    return len(_inner(names)) >= 2 and not any(name in BIAS_AXES for name in names)
+    return len(inner_axes(names)) >= 2 and not any(name in BIAS_AXES for name in names)
 
 
 def _state_shapes(
     shape: tuple[int, ...], names: Axes, min_dim_size_to_factor: int
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the second moments that Adafactor keeps for a parameter, by field."""
-    inner = _inner(names)
+    inner = inner_axes(names)
     if len(inner) != 2 or any(shape[axis] < min_dim_size_to_factor for axis in inner):
         return {"v": shape}
     row, column = inner
@@ -425,4 +447,4 @@ def _state_shapes(
 
 def _mean(x: Array, names: Axes) -> Array:
     """Mean over the axes that are not batch axes, which are kept with size 1."""
-    return jnp.mean(x, axis=_inner(names), keepdims=True)
+    return jnp.mean(x, axis=inner_axes(names), keepdims=True)

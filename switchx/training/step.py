@@ -18,9 +18,12 @@ from switchx.moe import routing
 from switchx.moe.assignment import RouterStats
 from switchx.moe.config import MoeConfig
 from switchx.sharding import constrain
+from switchx.training import lora
+from switchx.training import trainable as subsets
 from switchx.training.losses import LossConfig, cross_entropy
 from switchx.training.metrics import Sums, stack_stats
 from switchx.training.state import TrainState
+from switchx.training.trainable import Path
 
 
 @flax.struct.dataclass
@@ -29,9 +32,9 @@ class StepMetrics:
 
     Attributes:
       sums: of the batch.
-      grad_norm: global norm of the gradients, before clipping.
+      grad_norm: global norm of the gradients of what is trained, before clipping.
       finite: whether loss and gradients were finite; if not, the update was left out.
-      norms: "param" and "update" norms by parameter name; empty unless asked for.
+      norms: "param" and "update" norms by name of a trained parameter; empty unless asked for.
     """
 
     sums: Sums
@@ -58,12 +61,13 @@ def make_loss(model: T5, loss_config: LossConfig, *, train: bool) -> LossFunctio
     ``loss(params, batch, rngs, counts)`` is Σ (CE + z-loss) / targets + Σ over stacks of
     (α Σ load balance + i Σ importance + c Σ router z) / tokens, with the `token_counts` of the
     whole batch: the losses of microbatches add up to the loss of the batch, and so do their
-    gradients.
+    gradients. Adapters among the parameters are merged.
     """
 
     def loss(
         params: Any, batch: Batch, rngs: dict[str, jax.Array] | None, counts: dict[str, jax.Array]
     ) -> tuple[jax.Array, Sums]:
+        params = lora.merge(params)
         applied = model.apply(
             {"params": params},
             batch.encoder_tokens,
@@ -109,6 +113,7 @@ def make_train_step(
     loss_config: LossConfig,
     optimizer: optax.GradientTransformation,
     *,
+    trainable: frozenset[Path] | None = None,
     num_microbatches: int = 1,
     log_norms: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
@@ -117,18 +122,33 @@ def make_train_step(
     With k microbatches the batch is cut into k runs of rows whose gradients are added up, which
     costs the memory of one and gives the update of the whole. A loss or gradient that is not
     finite leaves parameters and optimizer as they were; `StepMetrics.finite` says so.
+
+    `trainable` are the paths of the parameters that move, None for all. The others are constants
+    of the loss: they have no gradient, and no place in `optimizer`'s state.
     """
-    loss = make_loss(model, loss_config, train=True)
+    whole_loss = make_loss(model, loss_config, train=True)
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def parts(params: Any) -> tuple[Any, Any]:
+        return (params, {}) if trainable is None else subsets.split(params, trainable)
+
+    def whole(trained: Any, frozen: Any) -> Any:
+        return trained if trainable is None else subsets.join(trained, frozen)
+
+    def loss(trained: Any, frozen: Any, *rest: Any) -> tuple[jax.Array, Sums]:
+        return whole_loss(whole(trained, frozen), *rest)
+
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, Sums]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        trained, frozen = parts(state.params)
         counts = token_counts(batch, model.config.stack_moe)
 
         def microbatch_gradients(index: Any, rows: Batch) -> tuple[jax.Array, Any, Sums]:
             dropout, jitter = jax.random.split(jax.random.fold_in(key, index))
             rngs = {"dropout": dropout, "jitter": jitter}
-            (value, sums), grads = value_and_grad(state.params, rows, rngs, counts)
+            (value, sums), grads = value_and_grad(trained, frozen, rows, rngs, counts)
             return value, grads, sums
 
         if num_microbatches == 1:
@@ -155,23 +175,24 @@ def make_train_step(
         # Behind a barrier: squares shared with the optimizer would be written out on CPU.
         grad_norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
         finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        trained, frozen = parts(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trained, step=state.step)
 
         # Leaf by leaf: XLA fuses the choice into the update, in place.
         def choose(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(finite, new, old)
 
-        params = optax.apply_updates(state.params, updates)
-        params = update_biases(params, model.config, sums.router)
+        params = whole(optax.apply_updates(trained, updates), frozen)
+        moved, _ = parts(update_biases(params, model.config, sums.router))
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=jax.tree.map(choose, params, state.params),
+            params=whole(jax.tree.map(choose, moved, trained), frozen),
             opt_state=jax.tree.map(choose, opt_state, state.opt_state),
         )
         norms = {}
         if log_norms:
-            norms = {"param": _norms(state.params), "update": _norms(updates)}
+            norms = {"param": _norms(trained), "update": _norms(updates)}
         return new_state, StepMetrics(sums=sums, grad_norm=grad_norm, finite=finite, norms=norms)
 
     return train_step

@@ -1,17 +1,23 @@
+import dataclasses
 import pathlib
 import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from switchx import trained
 from switchx.data.pipeline import DataConfig
+from switchx.data.tasks import FileTask
 from switchx.errors import UserError
 from switchx.experiment import Experiment
 from switchx.interop import convert, hf
 from switchx.models.config import ModelConfig
 from switchx.run import train
+from switchx.training import lora
+from switchx.training.lora import LoraConfig
+from switchx.training.optimizer import OptimizerConfig
 
 ORACLES = pathlib.Path(__file__).parents[1] / "oracles" / "huggingface"
 VOCABULARY = pathlib.Path(__file__).parents[2] / "switchx/data/embedded/spm8k.model"
@@ -79,3 +85,48 @@ def test_training_a_converted_directory_in_place_is_refused(tmp_path):
     )
     with pytest.raises(UserError, match="INITIAL_CHECKPOINT_PATH"):
         train(experiment)
+
+
+def test_a_run_with_adapters_is_exported_merged(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("the cat sat on a mat and saw a rat" for _ in range(99)))
+    base = Experiment(
+        model=ModelConfig(
+            vocab_size=384,
+            d_model=8,
+            d_ff=12,
+            num_heads=2,
+            head_dim=4,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+        ),
+        data=DataConfig(
+            mixture_or_task_name="mine",
+            task_feature_lengths={"inputs": 40, "targets": 16},
+            vocabulary="bytes",
+            batch_size=8,
+            tasks=(FileTask("mine", str(text)),),
+        ),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=0.1, schedule="constant"),
+        lora=LoraConfig(rank=2, targets="attention"),
+        model_dir=str(tmp_path / "adapted"),
+        train_steps=2,
+        eval_steps=1,
+        num_samples=0,
+    )
+    train(base)
+    converted = convert.from_run(str(tmp_path / "adapted"), str(tmp_path / "merged"))
+    with ocp.StandardCheckpointer() as checkpointer:
+        folders = [tmp_path / name / "checkpoints/2/params" for name in ("adapted", "merged")]
+        adapted, merged = map(checkpointer.restore, folders)
+    assert "adapters" in adapted and "adapters" not in merged
+    jax.tree.map(np.testing.assert_array_equal, merged, jax.device_get(lora.merge(adapted)))
+    assert "DataConfig.vocabulary=bytes" in convert.describe(converted)
+    # Read merged wherever they are read, and read plainly once exported.
+    for experiment in (base, dataclasses.replace(base, model_dir=str(tmp_path / "merged"))):
+        params = trained.load(dataclasses.replace(experiment, lora=None)).params
+        jax.tree.map(np.testing.assert_array_equal, params, merged)
+    with pytest.raises(UserError, match="exists; choose another"):
+        convert.from_run(str(tmp_path / "adapted"), str(tmp_path / "merged"))
+    with pytest.raises(UserError, match="--scan_layers and --allow_pickle are of --from=hf"):
+        convert.from_run(str(tmp_path / "adapted"), str(tmp_path / "x"), scan_layers=True)

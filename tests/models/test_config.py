@@ -558,6 +558,34 @@ class TestReadConfig:
         (run / "model.json").write_text(ModelConfig().to_json())
         assert read_config(str(run), expert_dropout_rate=0.4) == ModelConfig()
 
+    def test_sparse_layers_of_both_stacks_change(self, run):
+        decoder = MoeConfig(num_experts=2, top_k=2, router="top_k")
+        own = dataclasses.replace(self.CONFIG, decoder_moe=decoder)
+        (run / "model.json").write_text(own.to_json())
+        changes = dict(
+            capacity_factor=1.5,
+            eval_capacity_factor=3.0,
+            load_balance_weight=0.0,
+            group_size="row",
+            expert_dropout_rate=0.4,
+        )
+        config = read_config(str(run), **changes)
+        # A factor replaces an absolute capacity; nothing else changes.
+        expected = dataclasses.replace(self.CONFIG.moe, expert_capacity=None, **changes)
+        assert config.moe == expected
+        assert config.decoder_moe == dataclasses.replace(decoder, **changes)
+        assert read_config(str(run), group_size=64).moe.expert_capacity == 5
+
+    def test_a_capacity_that_is_a_parameter_stays(self, run):
+        soft = dataclasses.replace(
+            self.CONFIG,
+            moe=MoeConfig(num_experts=3, router="soft_moe", expert_capacity=5),
+            decoder_moe=MoeConfig(num_experts=3),
+        )
+        (run / "model.json").write_text(soft.to_json())
+        with pytest.raises(UserError, match="EVAL_CAPACITY_FACTOR = 2.0: router 'soft_moe' has"):
+            read_config(str(run), eval_capacity_factor=2.0)
+
     def test_mistakes(self, tmp_path):
         with pytest.raises(UserError, match="INITIAL_CHECKPOINT_PATH is not set"):
             read_config(None)

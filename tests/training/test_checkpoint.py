@@ -13,7 +13,7 @@ import pytest
 from switchx import sharding
 from switchx.errors import UserError
 from switchx.models.t5 import T5
-from switchx.training.checkpoint import BEST_METRIC, Checkpointer, find_checkpoint, restore_from
+from switchx.training.checkpoint import Checkpointer, find_checkpoint, restore_from
 from switchx.training.optimizer import OptimizerConfig, make_optimizer
 from switchx.training.state import TrainState, create_state
 
@@ -21,7 +21,7 @@ from switchx.training.state import TrainState, create_state
 @pytest.fixture(scope="module")
 def plan(config):
     mesh = sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    create, abstract, _, _ = create_state(
+    create, abstract, *_ = create_state(
         T5(config), lambda axes: make_optimizer(OptimizerConfig(), axes), seed=1, mesh=mesh
     )
     return create(), abstract
@@ -60,7 +60,7 @@ def test_restores_to_another_sharding(config, plan, tmp_path):
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
     mesh = sharding.make_mesh({"expert": 5}, jax.devices()[:5])
-    _, elsewhere, _, _ = create_state(
+    _, elsewhere, *_ = create_state(
         T5(config),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=1,
@@ -76,7 +76,7 @@ def test_keeps_the_latest_and_the_best(plan, tmp_path):
     state, _ = plan
     checkpointer = Checkpointer(tmp_path, keep=2, keep_best=1)
     for step, value in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
-        checkpointer.save(at_step(state, step), {}, {BEST_METRIC: value})
+        checkpointer.save(at_step(state, step), {}, {"cross_entropy": value})
     checkpointer.close()
     assert steps(tmp_path) == [2, 4, 5]
 
@@ -85,7 +85,7 @@ def test_the_best_is_kept_after_a_restart(plan, tmp_path):
     state, _ = plan
     for step, value in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], start=1):
         checkpointer = Checkpointer(tmp_path, keep=2, keep_best=1)
-        checkpointer.save(at_step(state, step), {}, {BEST_METRIC: value})
+        checkpointer.save(at_step(state, step), {}, {"cross_entropy": value})
         checkpointer.close()
     assert steps(tmp_path) == [2, 4, 5]
 
@@ -163,7 +163,7 @@ def test_parameters_that_do_not_fit_are_named(plan, tmp_path):
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
-    _, wider, _, _ = create_state(
+    _, wider, *_ = create_state(
         T5(small_config(d_ff=16)),
         lambda axes: make_optimizer(OptimizerConfig(), axes),
         seed=1,
@@ -192,7 +192,7 @@ def two_steps(plan, tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("two") / "checkpoints"
     checkpointer = Checkpointer(directory)
     for step in (1, 2):
-        checkpointer.save(at_step(state, step), {"batch": step}, {BEST_METRIC: 3.0 - step})
+        checkpointer.save(at_step(state, step), {"batch": step}, {"cross_entropy": 3.0 - step})
     checkpointer.close()
     return directory
 
@@ -330,7 +330,7 @@ def test_the_state_of_another_optimizer_is_refused(config, plan, tmp_path):
     checkpointer.save(at_step(state, 1), {})
     checkpointer.close()
     adamw = OptimizerConfig(name="adamw", learning_rate=1e-3, schedule="constant")
-    _, other, _, _ = create_state(
+    _, other, *_ = create_state(
         T5(config),
         lambda axes: make_optimizer(adamw, axes),
         seed=1,

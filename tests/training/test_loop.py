@@ -36,7 +36,7 @@ class Log:
         return lambda step, state: self.events.append((name, step, int(state.step)))
 
 
-def run(log: Log, *, first: int, last: int, hooks=()):
+def run(log: Log, *, first: int, last: int, hooks=(), **options):
     state = TrainState(
         step=jnp.int32(first), params={}, opt_state=(), rng=jnp.zeros((2,), jnp.uint32)
     )
@@ -49,6 +49,7 @@ def run(log: Log, *, first: int, last: int, hooks=()):
         hooks=hooks,
         save=log.hook("save"),
         stop=log.stop,
+        **options,
     )
 
 
@@ -84,6 +85,18 @@ def test_a_signal_saves_after_the_step_and_ends():
 def test_a_signal_in_the_last_step_is_too_late():
     log = Log(stop_at=3)
     assert int(run(log, first=0, last=3).step) == 3
+
+
+def test_hooks_that_have_seen_enough_end_it_with_a_saved_state():
+    log = Log()
+    hooks = [loop.Hook(2, log.hook("evaluate"))]
+    state = run(log, first=0, last=9, hooks=hooks, enough=lambda: len(log.events) > 9)
+    assert int(state.step) == 4
+    assert log.events[-3:] == [
+        ("report", 4, "metrics 4"),
+        ("evaluate", 4, 4),
+        ("save", 4, 4),
+    ]
 
 
 def test_nothing_to_do():

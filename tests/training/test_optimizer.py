@@ -524,3 +524,22 @@ def test_bad_configs(fields, message):
     with pytest.raises(UserError, match=re.escape(f"OptimizerConfig.{message}")) as error:
         OptimizerConfig(**fields)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw"])
+def test_the_schedule_goes_by_the_step_that_is_given(name):
+    # As in a run that takes over an optimizer's state: its moments are old, its schedule is new.
+    fields = dict(name=name, learning_rate=0.1, schedule="linear", decay_steps=4)
+    config = OptimizerConfig(warmup_steps=2, **fields)
+    optimizer = make_optimizer(config, {"w": ("embed",)})
+    params = {"w": jnp.ones(3)}
+    gradients = {"w": jnp.array([1.0, -2.0, 3.0])}
+    state = optimizer.init(params)
+    _, state = optimizer.update(gradients, state, params)
+    counted, after = optimizer.update(gradients, state, params)
+    given, same = optimizer.update(gradients, state, params, step=jnp.int32(1))
+    np.testing.assert_array_equal(given["w"], counted["w"])
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, after, same)))
+    for step, share in ((0, 0.0), (2, 2.0), (3, 1.0), (4, 0.0)):
+        moved, _ = optimizer.update(gradients, state, params, step=jnp.int32(step))
+        np.testing.assert_allclose(moved["w"], share * counted["w"], rtol=1e-6)

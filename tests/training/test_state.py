@@ -20,9 +20,9 @@ def plan(shape: dict[str, int], devices: int, **optimizer):
 
 
 def test_the_mesh_does_not_change_the_state():
-    create, abstract, _, _ = plan({"data": 1}, 1)
+    create, abstract, *_ = plan({"data": 1}, 1)
     state = create()
-    create, _, _, _ = plan({"data": 2, "expert": 1, "model": 2}, 4)
+    create, _, *_ = plan({"data": 2, "expert": 1, "model": 2}, 4)
     sharded = create()
     for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(sharded), strict=True):
         np.testing.assert_array_equal(leaf, other)
@@ -33,7 +33,7 @@ def test_the_mesh_does_not_change_the_state():
 
 
 def test_optimizer_state_lies_like_its_parameters():
-    _, abstract, _, _ = plan({"data": 1, "expert": 5}, 5)
+    _, abstract, *_ = plan({"data": 1, "expert": 5}, 5)
     expert = abstract.params["encoder"]["layers_1"]["mlp"]["expert"]["wi"]
     assert expert.sharding.spec[0] == "expert"
     state = next(

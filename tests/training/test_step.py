@@ -1,15 +1,22 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from switchx.models.t5 import T5
 from switchx.moe.config import MoeConfig
 from switchx.training.losses import LossConfig
 from switchx.training.metrics import summarize
-from switchx.training.state import TrainState
+from switchx.training.optimizer import OptimizerConfig, make_optimizer
+from switchx.training.state import TrainState, describe_state
 from switchx.training.step import make_loss, make_train_step, token_counts
+from switchx.training.trainable import select, split
+from tests.training.conftest import random_batch, random_params, small_config
 
 LOSS = LossConfig(z_loss=1e-3)
 
@@ -180,3 +187,65 @@ def test_biases_of_loss_free_layers_move_against_their_load(config, batch, scan_
         jax.tree.leaves(state.params), jax.tree.leaves(pieces.params), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+ADAMW = OptimizerConfig(
+    name="adamw", learning_rate=0.1, schedule="constant", warmup_steps=0, weight_decay=0.5
+)
+
+
+@functools.cache
+def partly_trained(patterns: str, router: str = "switch"):
+    """A compiled step that trains some of the parameters, its optimizer and their paths."""
+    config = small_config(
+        moe=MoeConfig(num_experts=5, group_size="row", min_capacity=1, router=router)
+    )
+    params = random_params(config)
+    trainable = select(params, patterns, "trainable")
+    axes = describe_state(T5(config), lambda _: optax.sgd(0.1), seed=0).names.params
+    optimizer = make_optimizer(ADAMW, axes)
+    step = make_train_step(T5(config), LOSS, optimizer, trainable=trainable)
+    state = dataclasses.replace(
+        state_of(params, optax.identity()), opt_state=optimizer.init(split(params, trainable)[0])
+    )
+    return jax.jit(step).lower(state, random_batch()).compile(), state, trainable
+
+
+@pytest.mark.parametrize("patterns", ["attention", "experts", "router_frozen"])
+def test_frozen_parameters_keep_every_bit_and_cost_no_state(batch, patterns):
+    # The biases of loss_free move without a gradient, and must not where routers are frozen.
+    step, state, trainable = partly_trained(patterns, router="loss_free")
+    after = state
+    for _ in range(2):
+        after, _ = step(after, batch)
+    before, moved = (dict(traverse_util.flatten_dict(each.params)) for each in (state, after))
+    assert before.keys() == moved.keys()
+    for path, leaf in before.items():
+        same = np.array_equal(np.asarray(leaf), np.asarray(moved[path]))
+        assert same or path in trainable, path
+        # AdamW's step or its decay moves every trained parameter.
+        assert not same or path not in trainable, path
+    slots = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim)
+    assert slots == 2 * sum(before[path].size for path in trainable)
+
+
+def test_frozen_parameters_have_no_gradient():
+    # Of the last norm alone the backward pass is the output head's; a step of everything is three
+    # times a forward pass, and cannot be had for less.
+    def flops(patterns):
+        return partly_trained(patterns)[0].cost_analysis()["flops"]
+
+    assert flops("decoder/final_layer_norm/scale") < 0.65 * flops("all")
+    assert flops("attention") < 0.95 * flops("all")
+
+
+def test_what_is_trained_moves_as_if_all_were(config, params, batch):
+    # SGD couples no two parameters.
+    everything, _ = update(config, params, batch)
+    trainable = select(params, "experts", "trainable")
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(T5(config), LOSS, optimizer, trainable=trainable, num_microbatches=2)
+    part, _ = jax.jit(step)(state_of(params, optimizer), batch)
+    for path in trainable:
+        one, other = (traverse_util.flatten_dict(each.params)[path] for each in (part, everything))
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
