@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from switchx.errors import UserError, closest, parse_json
@@ -67,7 +68,19 @@ def embedded_prose(split: str) -> tuple[str, ...]:
 
 
 def embedded_task(name: str, split: str) -> list[Example]:
-    """Examples of an embedded task: 'inputs', 'targets' and 'references' (one a line)."""
+    """Examples of an embedded task: 'inputs', 'targets' and 'references' (one a line).
+
+    What says the same in a later split (the same words in any order) is left out: the files hold
+    some pairs of words the other way round in another split.
+    """
+    later = SPLITS[SPLITS.index(split) + 1 :]
+    held_out = {_words(example) for other in later for example in embedded_rows(name, other)}
+    return [dict(row) for row in embedded_rows(name, split) if _words(row) not in held_out]
+
+
+@functools.lru_cache(maxsize=3)
+def embedded_rows(name: str, split: str) -> list[Example]:
+    """Every row of an embedded task's file, as `embedded_task` gives them."""
     text = read_embedded(f"tasks/{name}.{split}.jsonl.gz").decode("utf-8")
     examples = []
     for line in text.strip("\n").split("\n"):
@@ -81,6 +94,10 @@ def embedded_task(name: str, split: str) -> list[Example]:
             }
         )
     return examples
+
+
+def _words(example: Example) -> tuple[str, ...]:
+    return tuple(sorted(re.findall(r"\w+", example["inputs"].lower())))
 
 
 def expand(files: Sequence[str]) -> list[pathlib.Path]:

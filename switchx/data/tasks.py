@@ -38,9 +38,10 @@ class EmbeddedTask:
         return [{"text": text} for text in corpus.embedded_prose(split)]
 
     def content(self) -> dict[str, Any]:
-        """What `examples` depends on: SHA-256 of the files."""
+        """What `examples` depends on: SHA-256 of the files, and what is left out of them."""
         prefix = f"tasks/{self.name}." if self.objective == "supervised" else "prose."
-        return {path: sha for path, sha in corpus.checksums().items() if path.startswith(prefix)}
+        content = {path: sha for path, sha in corpus.checksums().items() if path.startswith(prefix)}
+        return content | ({"held_out_by": "words"} if self.objective == "supervised" else {})
 
 
 def _supervised(name: str, *metrics: str, options: tuple[str, ...] | None = None) -> EmbeddedTask:

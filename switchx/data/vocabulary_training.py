@@ -17,7 +17,7 @@ def training_text() -> Iterator[str]:
     """Training splits only: every piece of the prose, then inputs and targets of every task."""
     yield from corpus.embedded_prose("train")
     for name in sorted(name for name, task in EMBEDDED.items() if task.objective == "supervised"):
-        for example in corpus.embedded_task(name, "train"):
+        for example in corpus.embedded_rows(name, "train"):
             yield example["inputs"]
             yield example["targets"]
 
