@@ -1,4 +1,4 @@
-"""Benchmarks: what a training step and the data cost on this machine, one JSON object a case.
+"""Benchmarks: what training, decoding and the data cost on this machine, a JSON object a case.
 
 CPU-seconds are those of all threads of this process. On a shared machine they move less than
 wall-clock seconds, so they are what runs are compared by.
@@ -24,6 +24,8 @@ from switchx.batch import Batch
 from switchx.data import pipeline
 from switchx.errors import UserError, closest
 from switchx.experiment import Experiment, check_fits, plan_state
+from switchx.inference.config import DecodingConfig
+from switchx.inference.decoding import generate
 from switchx.research import moe_benchmark
 from switchx.run import compile_step
 from switchx.training.losses import cross_entropy
@@ -206,7 +208,61 @@ def loss(experiment: Experiment, *, steps: int, warmup: int = 2) -> dict[str, An
     return {**figures, "tokens": rows * length, "steps": steps}
 
 
-BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {"train": train, "data": data, "loss": loss}
+def decode(experiment: Experiment, *, steps: int, warmup: int = 1) -> dict[str, Any]:
+    """Greedy decoding with a cache, encoder included, of a batch of random tokens.
+
+    No sequence ends before it has as many tokens as a decoder row.
+
+    Args:
+      experiment: whose model, batch and lengths to use, with new parameters.
+      steps: timed calls.
+      warmup: calls before those.
+
+    Returns:
+      cpu_seconds and seconds of a call, medians; tokens_per_cpu_second and tokens_per_second, of
+      new tokens; first_token_cpu_seconds, of a call for a single token, which is mostly the
+      encoder; cpu_milliseconds_per_step, of the others; compile_seconds; num_params.
+    """
+    mesh = sharding.make_mesh(experiment.mesh)
+    check_fits(experiment, mesh)
+    rows, length = experiment.data.batch_size, experiment.lengths[1]
+    with sharding.use(mesh, experiment.rules):
+        params = plan_state(experiment, mesh).create().params
+        tokens = jax.device_put(
+            random_batch(experiment).encoder_tokens, sharding.batch_sharding(mesh)
+        )
+        found = {}
+        for new in (1, length):
+            decoding = DecodingConfig(max_new_tokens=new, eos_token_id=None)
+            seconds, cpu_seconds = [], []
+            for _ in range(warmup + steps + 1):
+                start, cpu_start = time.perf_counter(), time.process_time()
+                jax.block_until_ready(generate(experiment.model, params, tokens, decoding))
+                seconds.append(time.perf_counter() - start)
+                cpu_seconds.append(time.process_time() - cpu_start)
+            timed = slice(warmup + 1, None)
+            found[new] = statistics.median(cpu_seconds[timed]), statistics.median(seconds[timed])
+            compile_seconds = seconds[0]
+    cpu, wall = found[length]
+    return {
+        "cpu_seconds": round(cpu, 4),
+        "seconds": round(wall, 4),
+        "tokens_per_cpu_second": round(rows * length / cpu, 1),
+        "tokens_per_second": round(rows * length / wall, 1),
+        "first_token_cpu_seconds": round(found[1][0], 4),
+        "cpu_milliseconds_per_step": round(1e3 * (cpu - found[1][0]) / max(length - 1, 1), 3),
+        "compile_seconds": round(compile_seconds, 2),
+        "num_params": experiment.model.num_params,
+        "steps": steps,
+    }
+
+
+BENCHMARKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": train,
+    "data": data,
+    "loss": loss,
+    "decode": decode,
+}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -51,6 +51,12 @@ def test_the_loss_is_measured_in_both_forms():
         assert figures[form]["cpu_seconds"] > 0 and figures[form]["temp_mb"] >= 0
 
 
+def test_decoding_is_measured():
+    figures = benchmark.decode(EXPERIMENT, steps=1)
+    assert figures["tokens_per_cpu_second"] > 0 and figures["first_token_cpu_seconds"] > 0
+    assert figures["num_params"] == EXPERIMENT.model.num_params
+
+
 @pytest.mark.parametrize("steps", ["0", "-1", "2.5", "many"])
 def test_no_steps_to_measure(steps):
     parser = argparse.ArgumentParser()
