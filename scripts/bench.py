@@ -1,4 +1,4 @@
-"""Measure training, decoding, the data, the loss or a MoE layer on this machine: a JSON line a case.
+"""Measure training, decoding, data, the loss or a MoE layer on this machine: a JSON line a case.
 
 python scripts/bench.py train --case=A
 python scripts/bench.py data --gin_file=gin_configs/switch_base.gin --steps=200

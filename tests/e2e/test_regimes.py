@@ -13,12 +13,13 @@ from tests.e2e.faults import SMALL, TIMING
 
 ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
-    "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 16}",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 40}",
     "--gin.BATCH_SIZE=8",
     "--gin.TRAIN_STEPS=6",
     "--gin.EVAL_PERIOD=2",
     "--gin.EVAL_STEPS=1",
     "--gin.Experiment.log_period=1",
+    "--gin.NUM_DECODED_EXAMPLES=2",
     "--gin.Experiment.num_samples=1",
     "--gin.Experiment.sample_length=2",
 )
