@@ -34,13 +34,23 @@ def parse_json(text: str | bytes) -> Any:
     """`json.loads` of what may hold anything.
 
     Raises:
-      json.JSONDecodeError: not JSON, or nested too deep for Python's parser.
+      json.JSONDecodeError: not JSON, nested too deep or with a number too long for Python's
+        parser, or with half of a surrogate pair, which no file can hold.
       UnicodeDecodeError: bytes that are not UTF-8. Both are ValueErrors.
     """
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # pyright: ignore
+            json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise json.JSONDecodeError("nested too deep", "", 0) from None
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError("half of a surrogate pair", "", 0) from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError:
+        raise json.JSONDecodeError("a number has too many digits", "", 0) from None
+    return found
 
 
 def check_types(config: Any) -> None:

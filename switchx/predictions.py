@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import os
 import pathlib
 import sys
@@ -20,6 +21,7 @@ from switchx.inference.config import DecodingConfig
 from switchx.inference.predictor import Predictor
 from switchx.reconstruction import change
 from switchx.trained import find_checkpoints, load, notes, progress
+from switchx.training import checksums
 
 # Batches whose rows are sorted by length together; of an output, so many may be lost at a kill.
 _WINDOW = 32
@@ -65,6 +67,8 @@ def run(flags: argparse.Namespace, changes: Sequence[str] = ()) -> None:
     Raises:
       UserError: anything wrong with run directory, inputs, output or settings.
     """
+    if not 0 <= flags.seed < 2**32:
+        raise UserError(f"--seed={flags.seed}: should be from 0 to {2**32 - 1}")
     experiment = read_experiment(flags.run_directory, changes)
     decoding = read_decoding(
         {
@@ -74,6 +78,7 @@ def run(flags: argparse.Namespace, changes: Sequence[str] = ()) -> None:
         },
         max_new_tokens=experiment.lengths[1],
     )
+    decoding.check_ids(experiment.model.vocab_size)
     found = find_checkpoints(flags.run_directory, flags.checkpoint)
     if len(found) > 1:
         raise UserError(f"--checkpoint={flags.checkpoint}: one at a time; give a step")
@@ -81,21 +86,38 @@ def run(flags: argparse.Namespace, changes: Sequence[str] = ()) -> None:
     if flags.inputs != "-":
         rows = list(rows)  # what is wrong with them shows now, and how many are left later
     settings = {
-        "inputs": flags.inputs,
         "field": flags.field,
         "checkpoint": str(found[0]),
+        "parameters": checksums.digest(found[0] / "params"),
+        "changes": [each for each in changes if not each.startswith(("BATCH_SIZE=", "MESH="))],
         "seed": flags.seed,
         "task_feature_lengths": dict(experiment.data.task_feature_lengths),
         "decoding": dataclasses.asdict(decoding),
     }
     with Output(flags.output, settings) as output:
-        done = output.count
-        rest = rows[done:] if isinstance(rows, list) else itertools.islice(rows, done, None)
+        rest = iter(rows)
+        for before, (number, row) in zip(output.rows, rest, strict=False):
+            if row[flags.field] != before.get(flags.field):
+                raise UserError(
+                    f"--output={flags.output} was made of other inputs: its row {number + 1} has "
+                    f"{before.get(flags.field)!r}; choose another output, or remove it"
+                )
+        if isinstance(rows, list):
+            if len(rows) < len(output.rows):
+                raise UserError(
+                    f"--output={flags.output} has {len(output.rows)} rows, and the inputs have "
+                    f"{len(rows)}; choose another output, or remove it"
+                )
+            rest = rows[len(output.rows) :]
         # Who types is answered line by line.
         window = 1 if flags.inputs == "-" and sys.stdin.isatty() else _WINDOW
         options = {"field": flags.field, "seed": flags.seed, "window": window}
+        written = len(output.rows)
         for row in predict(experiment, found[0], decoding, rest, **options):
             output.write(row)
+            written += 1
+        if not written:
+            raise UserError(f"--inputs={flags.inputs} has no texts")
 
 
 def read_decoding(values: Mapping[str, str], *, max_new_tokens: int) -> DecodingConfig:
@@ -178,7 +200,8 @@ def predict(
             for place, (_, row) in enumerate(block):
                 tokens, scores = results[place]
                 texts = [pipeline.decode_tokens(data, each) for each in tokens]
-                values = [round(float(each), 6) for each in scores]
+                # Of nothing that could be said there is no score.
+                values = [round(x, 6) if math.isfinite(x) else None for x in map(float, scores)]
                 row |= (
                     {"prediction": texts[0], "score": values[0]}
                     if decoding.num_return_sequences == 1
@@ -203,7 +226,7 @@ class Output:
     Of several processes, which all make the rows together, the first one writes them.
 
     Attributes:
-      count: rows that are there.
+      rows: those that are there.
     """
 
     def __init__(self, path: str | None, settings: Mapping[str, Any]) -> None:
@@ -215,9 +238,9 @@ class Output:
         self._path = None if path is None else pathlib.Path(path)
         self._settings = json.loads(json.dumps(settings))
         self._file = None
-        self.count = 0
+        self.rows: list[dict[str, Any]] = []
         if self._path is not None and (self._path.exists() or self._beside.exists()):
-            self.count = self._check()
+            self.rows = self._check()
 
     def __enter__(self) -> "Output":
         return self
@@ -231,7 +254,7 @@ class Output:
         assert self._path is not None
         return self._path.with_name(f"{self._path.name}.settings.json")
 
-    def _check(self) -> int:
+    def _check(self) -> list[dict[str, Any]]:
         """Complete rows of an earlier call."""
         path = self._path
         assert path is not None
@@ -249,13 +272,17 @@ class Output:
             text = path.read_bytes() if path.exists() else b""
         except OSError as error:
             raise UserError(f"--output={path} cannot be read: {error.strerror}") from None
-        count = text.count(b"\n")
-        if distributed.is_first() and not text.endswith(b"\n") and text:
-            os.truncate(path, text.rfind(b"\n") + 1)
-        if count:
+        *lines, torn = text.split(b"\n")
+        try:
+            rows = [parse_json(line) for line in lines]
+        except ValueError:
+            raise UserError(f"--output={path} holds other than JSON lines; remove it") from None
+        if distributed.is_first() and torn:
+            os.truncate(path, len(text) - len(torn))
+        if rows:
             with notes():
-                print(f"{path} has {count} rows; going on after them", flush=True)
-        return count
+                print(f"{path} has {len(rows)} rows; going on after them", flush=True)
+        return rows
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add a row, and see that it is on its way to the disk."""

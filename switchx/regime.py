@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from switchx import distributed, sharding
+from switchx import distributed, scorecard, sharding
 from switchx.data import pipeline
 from switchx.errors import UserError, check_choice, check_range, check_types
 from switchx.experiment import MAY_CHANGE, Experiment, check_fits, plan_state
@@ -199,6 +199,8 @@ def check(regime: Regime) -> None:
             directory.check_free(dataclasses.asdict(experiment), may_change=may_change)
             if not directory.done:
                 pipeline.build_train(experiment.data)
+                pipeline.build_eval(experiment.data, num_batches=1)
+                scorecard.check_metric(experiment, scorecard.decoded_tasks(experiment))
 
 
 def describe(regime: Regime) -> str:
@@ -252,6 +254,8 @@ def _outcome(stage: Stage, experiment: Experiment) -> Outcome:
     task = experiment.data.mixture_or_task_name
     found = evaluations(directory / "metrics.jsonl", f"eval/{task}")
     checkpoint = best_checkpoint(directory / "checkpoints", experiment.criterion)
+    for row in found:
+        experiment.criterion.check(row)
     best = next((row for row in found if row["step"] == int(checkpoint.name)), None)
     if best is None:
         raise UserError(

@@ -255,7 +255,9 @@ class _Run:
                 experiment.data, pack=False, batch_size=experiment.num_samples
             )
             sample = next(iter(pipeline.build_eval(data, num_batches=1)))
-        return batches, eval_batches, sample, scorecard.decoded_tasks(experiment)
+        asked = scorecard.decoded_tasks(experiment)
+        scorecard.check_metric(experiment, asked)
+        return batches, eval_batches, sample, asked
 
     def _initial_state(self, plan: StatePlan) -> tuple[TrainState, dict[str, int] | None]:
         experiment = self.experiment

@@ -246,11 +246,14 @@ class JsonLines:
             raise UserError(f"cannot write {self._path}: {error.strerror}") from None
 
 
-def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> None:
+def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> dict[str, Any]:
     """Write a row of an evaluation into metrics.jsonl, after training or beside it.
 
     A row of the same step and split is replaced. While a run writes there the row is only
     appended, because its file must stay the same: of equal step and split the last row counts.
+
+    Returns:
+      the row that was replaced, empty if there was none.
 
     Raises:
       UserError: it cannot be written.
@@ -258,6 +261,7 @@ def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> None:
     path = directory / "metrics.jsonl"
     text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
     key = row["step"], row["split"]
+    replaced: dict[str, Any] = {}
     try:
         lock = os.open(directory, os.O_RDONLY)
         try:
@@ -267,7 +271,9 @@ def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> None:
                 file.write(text)
         else:
             lines = path.read_bytes().split(b"\n") if path.exists() else []
-            kept = [line + b"\n" for line in lines if _step(line) is not None and _key(line) != key]
+            rows = [line for line in lines if _step(line) is not None]
+            kept = [line + b"\n" for line in rows if _key(line) != key]
+            replaced |= next((parse_json(line) for line in rows if _key(line) == key), {})
             temporary = path.with_name(f".{path.name}.tmp")
             temporary.write_bytes(b"".join([*kept, text]))
             os.replace(temporary, path)
@@ -275,6 +281,7 @@ def put_row(directory: pathlib.Path, row: Mapping[str, Any]) -> None:
             os.close(lock)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
+    return replaced
 
 
 class Nowhere:

@@ -322,6 +322,24 @@ def decoded_tasks(experiment: Experiment) -> list[EvalTask]:
     return asked
 
 
+def check_metric(experiment: Experiment, asked: Sequence[EvalTask]) -> None:
+    """Check that evaluations will have the run's best metric, if it is one of decoded text.
+
+    Raises:
+      UserError: no task that is decoded has it.
+    """
+    if experiment.best_metric.startswith("decoded_"):
+        names = {name for task in asked for name in task.measure([""] * len(task.examples))}
+        known = [f"decoded_{name}" for name in sorted(names)]
+        if experiment.best_metric not in known:
+            raise UserError(
+                f"Experiment.best_metric = {experiment.best_metric!r}: "
+                f"{experiment.data.mixture_or_task_name!r} has no such metric among those of "
+                f"{experiment.num_decoded_examples} decoded examples"
+                f"{closest(experiment.best_metric, known) if known else ''}"
+            )
+
+
 def decode(experiment: Experiment, params: Any, mesh: Mesh, tasks: Sequence[EvalTask]) -> Decoded:
     """The tasks' metrics of what parameters decode."""
     model = predictor(experiment, params, mesh)
@@ -365,7 +383,13 @@ def write(run_directory: pathlib.Path, evaluated: Evaluated) -> None:
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from None
-    put_row(run_directory, evaluated.row)
+    lost = put_row(run_directory, evaluated.row).keys() - evaluated.row.keys()
+    if lost:
+        with notes():
+            print(
+                f"{evaluated.row['split']}: takes the place of an earlier evaluation of this step, "
+                f"which also had {', '.join(sorted(lost))}"
+            )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -64,6 +64,13 @@ def test_an_output_that_was_cut_short_is_gone_on_with(infer, tmp_path, capsys):
     assert "rows; going on after them" in capsys.readouterr().err
     with pytest.raises(UserError, match="was made with another decoding"):
         infer(*flags, "--num_beams=2")
+    rows[0]["inputs"] = "another text"
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="was made of other inputs: its row 1 has 'the cat'"):
+        infer(*flags)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"inputs": "the cat"}) + "\n")
+    with pytest.raises(UserError, match=f"has {len(TEXTS)} rows, and the inputs have 1"):
+        infer(*flags)
     (tmp_path / "out.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match="exists; choose another or remove it"):
         infer(*flags)
@@ -86,7 +93,13 @@ def test_standard_output_is_for_the_rows(infer, monkeypatch, capsys):
         ('{"inputs": 3}', [], "line 1: field 'inputs' is no string"),
         ("[]", [], "line 1: no JSON object"),
         ('{"inputs": "a", "score": 1}', [], "line 1: has a field 'score' already"),
+        ('{"inputs": "\\ud800"}', [], "line 1: not JSON .half of a surrogate pair"),
+        ('{"inputs": "a", "n": ' + "9" * 5000 + "}", [], "a number has too many digits"),
+        ("", [], "in.jsonl has no texts"),
         ("", ["--num_beams=two"], "DecodingConfig.num_beams"),
+        ("", ["--forced_bos_token_id=99999"], "99999 is no token of the model, which has 0 to 383"),
+        ("", ["--suppress_tokens=[-1]"], "-1 is no token of the model"),
+        ("", ["--seed=99999999999999"], "--seed=99999999999999: should be from 0"),
         ("", ["--temperature=0.5"], "temperature says what to draw from; set do_sample"),
         ("", ["--num_return_sequences=2"], "is more than num_beams = 1"),
         ("", ["--checkpoint=7"], "no checkpoint '7'"),

@@ -243,7 +243,8 @@ def read_lines(path: pathlib.Path) -> list[str]:
     Raises:
       UserError: it cannot be read or is not UTF-8.
     """
-    return _read(path).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    text = _read(path).replace("\r\n", "\n").removesuffix("\n")
+    return text.split("\n") if text else []
 
 
 def _hash(text: str) -> float:

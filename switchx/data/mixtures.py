@@ -44,6 +44,10 @@ class Mixture:
             check_choice(self, "rates", RATES)
         if self.rates == "capped" and self.maximum is None:
             raise UserError("Mixture.rates = 'capped' needs Mixture.maximum")
+        if self.maximum is not None and self.rates not in ("capped", "tempered"):
+            raise UserError("Mixture.maximum needs Mixture.rates = 'capped' or 'tempered'")
+        if self.temperature != 1 and self.rates != "tempered":
+            raise UserError("Mixture.temperature needs Mixture.rates = 'tempered'")
 
     def _check_mapping(self, rates: Mapping[str, int | float]) -> None:
         for name, rate in rates.items():
@@ -71,8 +75,13 @@ def mixing_rates(mixture: Mixture, num_examples: Mapping[str, int]) -> dict[str,
         if mixture.rates != "proportional" and mixture.maximum is not None:
             cap = mixture.maximum
         power = 1.0 / mixture.temperature if mixture.rates == "tempered" else 1.0
-        weights = {name: min(num_examples[name], cap) ** power for name in mixture.tasks}
+        counts = {name: min(num_examples[name], cap) for name in mixture.tasks}
+        # Relative to the largest, so that no temperature is too low.
+        most = max(counts.values()) or 1
+        weights = {name: (count / most) ** power for name, count in counts.items()}
     total = sum(weights.values())
+    if not total:
+        raise UserError(f"mixture {mixture.name!r}: no task has a training example")
     return {name: weight / total for name, weight in weights.items()}
 
 

@@ -1,6 +1,7 @@
 """`DecodingConfig`: how the tokens of a sequence are chosen."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from switchx.errors import UserError, check_range, check_types
@@ -99,7 +100,8 @@ class DecodingConfig:
             check_range(self, field, value is None or value >= least, f"at least {least}, or None")
         for field in ("temperature", "repetition_penalty", "encoder_repetition_penalty"):
             value = getattr(self, field)
-            check_range(self, field, value is None or value > 0, "positive")
+            check_range(self, field, value is None or 0 < value < math.inf, "positive")
+        check_range(self, "length_penalty", math.isfinite(self.length_penalty), "a finite number")
         for field in ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             value = getattr(self, field)
             check_range(self, field, value is None or 0 <= value <= 1, "between 0 and 1, or None")
@@ -139,6 +141,32 @@ class DecodingConfig:
                 f"min_new_tokens = {self.min_new_tokens} is more than max_new_tokens = "
                 f"{self.max_new_tokens}"
             )
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Check that the tokens named are tokens of a model.
+
+        Raises:
+          UserError: one is not.
+        """
+        named: dict[str, Sequence[int | None]] = {
+            "eos_token_id": [self.eos_token_id],
+            "pad_token_id": [self.pad_token_id],
+            "decoder_start_token_id": [self.decoder_start_token_id],
+            "forced_bos_token_id": [self.forced_bos_token_id],
+            "forced_eos_token_id": [self.forced_eos_token_id],
+            "suppress_tokens": self.suppress_tokens,
+            "begin_suppress_tokens": self.begin_suppress_tokens,
+            "bad_words_ids": [token for word in self.bad_words_ids for token in word],
+        }
+        for field, tokens in named.items():
+            for token in tokens:
+                if token is not None and not 0 <= token < vocab_size:
+                    raise UserError(
+                        f"DecodingConfig.{field}: {token} is no token of the model, which has "
+                        f"0 to {vocab_size - 1}"
+                    )
+        if len({*self.suppress_tokens}) >= vocab_size:
+            raise UserError("DecodingConfig.suppress_tokens leaves no token")
 
     @property
     def sequences(self) -> int:

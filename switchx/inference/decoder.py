@@ -102,6 +102,9 @@ class Decoder(NamedTuple):
         """
         config, x = self.decoding, scores_NV
         source_NS = jnp.repeat(self.encoder_tokens_BS, config.sequences, axis=0)
+        if config.dropless:
+            # Padding is no part of the input; Hugging Face counts it.
+            source_NS = jnp.where(source_NS == PAD_ID, x.shape[-1], source_NS)
         if config.encoder_repetition_penalty is not None:
             x = processors.encoder_repetition_penalty(
                 x, source_NS, config.encoder_repetition_penalty
@@ -130,7 +133,9 @@ class Decoder(NamedTuple):
         if config.suppress_tokens:
             x = processors.suppress(x, config.suppress_tokens)
         if config.begin_suppress_tokens:
-            first = jnp.asarray(length) == prompt_length
+            # After a forced first token the second is the first to choose.
+            forced = config.forced_bos_token_id is not None and prompt_length == 1
+            first = jnp.asarray(length) == prompt_length + forced
             x = jnp.where(first, processors.suppress(x, config.begin_suppress_tokens), x)
         return x
 

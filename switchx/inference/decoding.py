@@ -59,6 +59,7 @@ def generate(
       rng: key, for sampling.
       row_ids: what a row's random draws depend on, besides `rng`; its number by default.
     """
+    decoding.check_ids(config.vocab_size)
     decoder = Decoder(config, decoding, params, encoder_tokens, encoder_task_ids)
     prompt_NP = _prompt(decoder, prompt)
     length = prompt_NP.shape[1]
@@ -113,6 +114,7 @@ def stream(
 
 @functools.partial(jax.jit, static_argnames=("config", "decoding"))
 def _start(config, params, encoder_tokens, decoding, **inputs):
+    decoding.check_ids(config.vocab_size)
     decoder = Decoder(config, decoding, params, encoder_tokens, inputs.get("encoder_task_ids"))
     prompt_NP = _prompt(decoder, inputs.get("prompt"))
     keys_N = _keys(decoder, inputs.get("rng"), inputs.get("row_ids"))

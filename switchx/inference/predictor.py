@@ -14,6 +14,7 @@ from switchx.inference.config import DecodingConfig
 from switchx.inference.decoding import generate
 from switchx.inference.scoring import score
 from switchx.models.config import ModelConfig
+from switchx.moe.routing import ROUTERS
 
 T = TypeVar("T")
 Tokens = Sequence[int] | np.ndarray
@@ -69,7 +70,8 @@ class Predictor:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Tokens [R, T] and scores [R] of each of the inputs, in order, as `decoding` says.
 
-        Rows are no longer than a batch needs, to a few steps: give the inputs in order of length.
+        Rows are no longer than a batch needs, to a few steps (whole where padding would change
+        what experts choose): give the inputs in order of length.
 
         Args:
           inputs: token ids.
@@ -80,8 +82,16 @@ class Predictor:
         numbered = zip(inputs, range(len(inputs)) if row_ids is None else row_ids, strict=True)
         for batch in _batches(numbered, self.num_rows):
             rows, ids = zip(*batch, strict=True)
-            length = _step_above(max(map(len, rows)), self.lengths[0])
+            length = self.lengths[0]
+            if not self._lengths_matter:
+                length = _step_above(max(map(len, rows)), length)
             yield from self._search(rows, decoding, length, task_id, rng, ids)
+
+    @property
+    def _lengths_matter(self) -> bool:
+        """Whether padding changes results: experts that choose take a share of a row's places."""
+        moe = self.config.stack_moe.get("encoder")
+        return moe is not None and ROUTERS[moe.router].capacity != "any"
 
     def _search(
         self,

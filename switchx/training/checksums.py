@@ -29,6 +29,12 @@ def write(folder: pathlib.Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def digest(folder: pathlib.Path) -> str | None:
+    """What stands for the content of a folder: SHA-256 of its checksums; None without those."""
+    manifest = folder / MANIFEST
+    return hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
+
+
 def find_damage(folder: pathlib.Path) -> str | None:
     """What is wrong with a file that the manifest names, or None if all of them are as written.
 

@@ -17,8 +17,8 @@ COUNTS = {"a": 100, "b": 400, "c": 10_000}
         ({"rates": "tempered", "temperature": 2.0}, (10, 20, 100)),
         ({"rates": "tempered", "temperature": 2.0, "maximum": 900}, (10, 20, 30)),
         ({"rates": {"a": 3, "b": 2.0, "c": 1}}, (3, 2, 1)),
-        # A maximum without capped or tempered rates changes nothing.
-        ({"maximum": 900}, (100, 400, 10_000)),
+        # So cold that the largest is all there is.
+        ({"rates": "tempered", "temperature": 1e-3}, (0, 0, 1)),
     ],
 )
 def test_rates_by_hand(options, weights):
@@ -48,6 +48,23 @@ def test_rates_are_those_of_seqio(maximum, temperature):
     mixture = Mixture("m", list(COUNTS), rates="tempered", maximum=maximum, temperature=temperature)
     expected = [weight / sum(weights) for weight in weights]
     assert list(mixing_rates(mixture, COUNTS).values()) == pytest.approx(expected)
+
+
+def test_a_mixture_without_examples():
+    with pytest.raises(UserError, match="'m': no task has a training example"):
+        mixing_rates(Mixture("m", ["a", "b"]), {"a": 0, "b": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"maximum": 900}, "Mixture.maximum needs Mixture.rates = 'capped' or 'tempered'"),
+        ({"temperature": 2.0}, "Mixture.temperature needs Mixture.rates = 'tempered'"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        Mixture("m", ["a", "b"], **options)
 
 
 def test_glue_mixtures_go_by_the_sizes_of_their_training_sets():

@@ -163,3 +163,15 @@ def test_after_end_of_sequence_there_is_only_padding():
         end = row.tolist().index(EOS_ID)
         assert row[:end].tolist() == [7] * end
         assert row[end + 1 :].tolist() == [PAD_ID] * (LENGTH - end - 1)
+
+
+def test_padding_is_no_part_of_the_input_for_processors_either():
+    config, params = small(scan_layers=True)
+    decoding = DecodingConfig(
+        max_new_tokens=LENGTH, encoder_repetition_penalty=3.0, encoder_no_repeat_ngram_size=2
+    )
+    short = jnp.asarray(rows()[:, :5])
+    wide = jnp.pad(short, ((0, 0), (0, 6)))
+    found, same = (generate(config, params, each, decoding) for each in (short, wide))
+    np.testing.assert_array_equal(found.tokens, same.tokens)
+    np.testing.assert_allclose(found.scores, same.scores, rtol=1e-5)
