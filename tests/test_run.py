@@ -25,9 +25,8 @@ MODEL = ModelConfig(
     d_ff=24,
     num_heads=2,
     head_dim=8,
-    num_encoder_layers=1,
-    num_decoder_layers=1,
-    sparse_every=1,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
     moe=MoeConfig(num_experts=4, group_size="row"),
 )
 

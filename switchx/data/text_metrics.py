@@ -225,7 +225,7 @@ def phoneme_error_rate(targets: Sequence[Target], predictions: Sequence[str]) ->
     edits = phonemes = 0
     for target, prediction in zip(targets, predictions, strict=True):
         reference = _references(target)[0].split()
-        edits += editdistance.eval(reference, prediction.split())
+        edits += editdistance.distance(reference, prediction.split())
         phonemes += len(reference)
     return {"phoneme_error_rate": _percent(edits, phonemes)}
 

@@ -44,7 +44,7 @@ def test_trains_from_gin_alone(name, text, tmp_path):
         "ModelConfig.num_decoder_layers": 1,
         "ModelConfig.sparse_every": 1,
         "NUM_EXPERTS": 4,
-        "MESH": {"data": 1},
+        "MESH": {"data": 8},
         "MoeConfig.group_size": "row",
         "Experiment.num_samples": 1,
         "Experiment.sample_length": 2,

@@ -66,7 +66,7 @@ def random_batch(rows: int = 8, seed: int = 1, encoder_length: int = 9, decoder_
 
 @pytest.fixture(scope="session")
 def config() -> ModelConfig:
-    return small_config(num_encoder_layers=2, num_decoder_layers=1, decoder_sparse_layers=(0,))
+    return small_config()
 
 
 @pytest.fixture(scope="session")
