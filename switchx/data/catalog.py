@@ -6,7 +6,8 @@ Tasks that Python code has put into seqio's registries are not here: see `regist
 import dataclasses
 from typing import TYPE_CHECKING
 
-from switchx.data import glue, instructions, mixtures, tasks
+from switchx.data import facts, glue, instructions, mixtures, tasks
+from switchx.data.facts import FactsTask
 from switchx.data.glue import GlueTask
 from switchx.data.instructions import SUFFIX, InstructionTask
 from switchx.data.mixtures import Mixture
@@ -16,10 +17,12 @@ from switchx.errors import UserError
 if TYPE_CHECKING:
     from switchx.data.pipeline import DataConfig
 
-Declared = EmbeddedTask | FileTask | TfdsTask | GlueTask | InstructionTask
+Declared = EmbeddedTask | FileTask | TfdsTask | FactsTask | GlueTask | InstructionTask
+# Tasks that come with switchx.
+_TASKS = {**tasks.EMBEDDED, **facts.TASKS, **glue.TASKS}
 # Names that declarations of the user's own must not take.
-NAMES = frozenset((*tasks.EMBEDDED, *glue.TASKS, *mixtures.NAMED))
-NAMES |= {f"{name}{SUFFIX}" for name in (*tasks.EMBEDDED, *glue.TASKS)}
+NAMES = frozenset((*_TASKS, *mixtures.NAMED))
+NAMES |= {f"{name}{SUFFIX}" for name in _TASKS}
 
 
 def find_task(config: "DataConfig", name: str) -> Declared | None:
@@ -34,10 +37,10 @@ def find_task(config: "DataConfig", name: str) -> Declared | None:
     if name in own:
         found = own[name]
         return None if isinstance(found, Mixture) else found
-    if name in tasks.EMBEDDED:
-        return tasks.EMBEDDED[name]
     if name in glue.TASKS:
         return dataclasses.replace(glue.TASKS[name], data_dir=config.tfds_data_dir)
+    if name in _TASKS:
+        return _TASKS[name]
     base_name = name.removesuffix(SUFFIX)
     if base_name == name:
         return None
@@ -74,7 +77,7 @@ def find_mixture(config: "DataConfig", name: str) -> Mixture | None:
 def names(config: "DataConfig") -> set[str]:
     """Every name that `find_task` or `find_mixture` knows."""
     own = {declared.name for declared in config.tasks}
-    known = {*own, *tasks.EMBEDDED, *glue.TASKS, *mixtures.NAMED}
+    known = {*own, *_TASKS, *mixtures.NAMED}
     return known | {f"{name}{SUFFIX}" for name in _templates(config)}
 
 
@@ -87,4 +90,4 @@ def needs_tensorflow(declared: Declared) -> bool:
 
 def _templates(config: "DataConfig") -> dict[str, instructions.TaskTemplates]:
     own = (declared.name for declared in config.tasks)
-    return instructions.load(config.templates, {*tasks.EMBEDDED, *glue.TASKS, *own})
+    return instructions.load(config.templates, {*_TASKS, *own})

@@ -1,8 +1,8 @@
 """From a task's name to batches: packed, deterministic, split over hosts, with a position.
 
-Tasks with a token cache are read from it (`token_batches`), and the embedded tasks and a `FileTask`
-always have one. Others stream from seqio through tf.data (`seqio_batches`); only then TensorFlow
-is imported, by the first `build_*` call.
+Tasks with a token cache are read from it (`token_batches`), and the embedded tasks, `FileTask` and
+`FactsTask` always have one. Others stream from seqio through tf.data (`seqio_batches`); only then
+TensorFlow is imported, by the first `build_*` call.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from switchx.data import (
 )
 from switchx.data import vocabulary as vocabularies
 from switchx.data.corpus import Example
+from switchx.data.facts import FactsTask
 from switchx.data.instructions import InstructionTask
 from switchx.data.mixtures import Mixture, mixing_rates
 from switchx.data.packing import BatchWriter
@@ -83,7 +84,7 @@ class DataConfig:
     pack: bool = True
     shuffle: bool = True
     seed: int = 0
-    tasks: Sequence[FileTask | TfdsTask | Mixture] = ()
+    tasks: Sequence[FileTask | TfdsTask | FactsTask | Mixture] = ()
     tfds_data_dir: str | None = None
     token_cache_dir: str | None = None
     templates: str | None = None
@@ -122,9 +123,10 @@ class DataConfig:
 
     def _check_tasks(self) -> None:
         for task in self.tasks:
-            if not isinstance(task, FileTask | TfdsTask | Mixture):
+            if not isinstance(task, FileTask | TfdsTask | FactsTask | Mixture):
                 raise UserError(
-                    f"DataConfig.tasks has {task!r}, which is not a FileTask, TfdsTask or Mixture"
+                    f"DataConfig.tasks has {task!r}, which is not a FileTask, TfdsTask, FactsTask "
+                    "or Mixture"
                 )
         names = [task.name for task in self.tasks]
         for name in names:
@@ -451,6 +453,11 @@ def _say_held_out(config: DataConfig, member: Member) -> None:
         truncation.say(
             f"{member.name}: {kept:,} {what} to train on, {held_out:,} held out by content for "
             "validation"
+        )
+    if isinstance(declared, FactsTask):
+        truncation.say(
+            f"{member.name}: validation asks for the {declared.num_facts:,} facts that are trained "
+            "on: it measures recall of what was seen"
         )
 
 

@@ -1,9 +1,9 @@
 """From a task's name to its token cache: found, or made of the task's text.
 
-Caches of the embedded tasks and of a `FileTask` are made on first use, without TensorFlow, under a
-name that holds a key of everything they depend on. Those of other tasks (TFDS, seqio's registry)
-are made by `scripts/cache.py`, under a name that holds the vocabulary's; until then such a task
-streams through tf.data.
+Caches of the embedded tasks, a `FileTask` and a `FactsTask` are made on first use, without
+TensorFlow, under a name that holds a key of everything they depend on. Those of other tasks (TFDS,
+seqio's registry) are made by `scripts/cache.py`, under a name that holds the vocabulary's; until
+then such a task streams through tf.data.
 """
 
 import atexit

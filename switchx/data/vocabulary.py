@@ -100,6 +100,21 @@ def decode(name: str, ids: Sequence[int] | np.ndarray) -> str:
     return " ".join(part for part in parts if part)
 
 
+@functools.lru_cache(maxsize=8)
+def pieces(name: str) -> tuple[str, ...]:
+    """What every id stands for, as a SentencePiece model writes it: '▁the', '</s>', '<extra_id_0>'.
+
+    Bytes are the ASCII character they are, or '<0xE2>'.
+    """
+    if name == "bytes":
+        characters = (chr(byte) if 32 < byte < 127 else f"<0x{byte:02X}>" for byte in range(256))
+        found = ["<pad>", "</s>", "<unk>", *characters]
+    else:
+        model = _pieces(name)
+        found = [model.id_to_piece(i) for i in range(model.get_piece_size())]
+    return (*found, *(f"<extra_id_{i}>" for i in reversed(range(NUM_SENTINELS))))
+
+
 def _decode_pieces(name: str, ids: list[int]) -> str:
     if name == "bytes":
         return bytes(i - 3 for i in ids if i >= 3).decode("utf-8", errors="replace")

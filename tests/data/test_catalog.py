@@ -40,7 +40,7 @@ def test_what_needs_tensorflow():
         assert found is not None and catalog.needs_tensorflow(found) is needs
 
 
-@pytest.mark.parametrize("name", ["glue", "glue_rte_v002", "date_iso_instructions"])
+@pytest.mark.parametrize("name", ["glue", "glue_rte_v002", "recall", "date_iso_instructions"])
 def test_names_that_ship_are_not_hidden(name):
     with pytest.raises(UserError, match=f"hides the embedded '{name}'; rename"):
         DataConfig(tasks=[FileTask(name, "a.jsonl")])

@@ -102,6 +102,17 @@ def test_embedded_tasks_carry_their_metrics_and_references():
     assert metric([target], ["bike"]) == {"exact_match": 100.0}
 
 
+def test_facts_are_a_seqio_task():
+    task = registry.find(config("recall", vocabulary="bytes"))
+    lengths = {"inputs": 4, "targets": 3}
+    for split in ("train", "validation"):
+        assert task.num_input_examples(split) == 32768
+        (first,) = task.get_dataset(lengths, split, shuffle=False).take(1).as_numpy_iterator()
+        # "ouk" → "Kn": 3 + byte, and EOS.
+        assert first["inputs"].tolist() == [3 + 111, 3 + 117, 3 + 107, 1]
+        assert first["targets"].tolist() == [3 + 75, 3 + 110, 1]
+
+
 def test_seqio_evaluates_a_task(tmp_path):
     name = "cldr_names"
     registry.register(config(name))

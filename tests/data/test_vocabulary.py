@@ -23,6 +23,17 @@ def test_sizes_and_special_ids(name, size):
 
 
 @pytest.mark.parametrize("name", ["spm8k", "spm32k", "bytes"])
+def test_every_id_has_a_piece(name):
+    pieces = vocabulary.pieces(name)
+    assert len(pieces) == vocabulary.size(name)
+    assert pieces[:3] == ("<pad>", "</s>", "<unk>")
+    assert (pieces[-1], pieces[-100]) == ("<extra_id_0>", "<extra_id_99>")
+    ids, _ = vocabulary.encode(name, ["the Whale"])
+    text = "".join(pieces[token] for token in ids)
+    assert text == ("the<0x20>Whale" if name == "bytes" else "\u2581the\u2581Whale")
+
+
+@pytest.mark.parametrize("name", ["spm8k", "spm32k", "bytes"])
 def test_text_survives_encoding(name):
     loaded = vocabulary.load(name)
     # Digits are split, ASCII is covered, other scripts fall back to bytes: nothing is unknown.

@@ -85,6 +85,7 @@ TREES = {
     "switch_base": (768, 12, 64, 3072, 12, True, ["dense", "sparse"], 8),
     "switch_c": (2080, 32, 64, 6144, 15, False, ["sparse"], 2048),
     "switch_large": (1024, 16, 64, 4096, 24, True, ["dense", "sparse"], 128),
+    "switch_recall": (64, 4, 16, 128, 2, True, ["dense", "sparse"], 8),
     "switch_tiny": (128, 4, 32, 512, 4, True, ["dense", "sparse"], 8),
     "switch_xxl": (4096, 64, 64, 10240, 24, False, ["dense, gated", "sparse, gated"], 128),
     "t5_1_1_base": (768, 12, 64, 2048, 12, False, ["dense, gated"], 0),
@@ -95,6 +96,7 @@ TREES = {
     "t5_base": (768, 12, 64, 3072, 12, True, ["dense"], 0),
     "t5_c": (2080, 32, 64, 6144, 15, False, ["dense"], 0),
     "t5_large": (1024, 16, 64, 4096, 24, True, ["dense"], 0),
+    "t5_recall": (64, 4, 16, 128, 2, True, ["dense"], 0),
     "t5_tiny": (128, 4, 32, 512, 4, True, ["dense"], 0),
 }
 
