@@ -140,8 +140,11 @@ class RouterStats:
       entropy: sum over tokens of the entropy of the router's distribution, nats.
       confidence: sum over tokens of the largest probability.
       tokens_per_expert_E: choices per expert, before capacity.
-      logits, expert_index, gate, kept: per token, [B, T, E] and [B, T, K]; `logits` is None for
-        a router without, and the others are where tokens do not choose.
+      logits, probs: per token, [B, T, E]; `logits` is None for a router without, `probs` is the
+        router's distribution.
+      expert_index, gate, kept: per token and choice, [B, T, K], as in `Choice`. Where experts
+        choose or slots are mixtures K is E: choice e is expert e, or E if that did not take the
+        token, and the gate of a mixture is the weight of the expert's slots in the token.
     """
 
     num_tokens: Any
@@ -154,6 +157,7 @@ class RouterStats:
     confidence: Any
     tokens_per_expert_E: Any
     logits: Any = None
+    probs: Any = None
     expert_index: Any = None
     gate: Any = None
     kept: Any = None

@@ -42,6 +42,8 @@ class MoeConfig:
       num_tasks: rows of the table of `task`.
       passes: of `no_token_left_behind`: how many experts a token may try.
       sinkhorn_iterations: of `sinkhorn`.
+      router_dtype: of the router's input and logits, "float32" (selective precision,
+        arXiv:2101.03961, §2.4 and table 2) or "bfloat16"; probabilities are float32 in both.
       router_bias: whether the router has a bias (some Hugging Face checkpoints do).
       capacity_factor: slots per expert in training, relative to a balanced load of K choices per
         token; choices over it are dropped, and a token with none left passes through the residual
@@ -92,6 +94,7 @@ class MoeConfig:
     num_tasks: int = 1
     passes: int = 4
     sinkhorn_iterations: int = 16
+    router_dtype: str = "float32"
     router_bias: bool = False
     capacity_factor: float | None = 1.25
     eval_capacity_factor: float | None = 2.0
@@ -128,6 +131,7 @@ class MoeConfig:
         if self.expert_activations is not None:
             object.__setattr__(self, "expert_activations", tuple(self.expert_activations))
             check_activations(self, "expert_activations")
+        check_choice(self, "router_dtype", ("float32", "bfloat16"))
         check_choice(self, "dispatch", BACKENDS)
         if self.dispatch == "grouped" and not (self.dropless(True) and self.dropless(False)):
             raise UserError(

@@ -1,11 +1,13 @@
 """The gates: parameters that turn tokens into router logits.
 
 Weights, inputs and products are float32 (float64 for float64 activations) whatever the activations
-are: selective precision, arXiv:2101.03961 §2.4. In training the input may be disturbed, so that
-other experts are explored (rng stream `jitter`); the experts never see that.
+are: selective precision, arXiv:2101.03961 §2.4; a narrower `dtype` shows what that is worth. In
+training the input may be disturbed, so that other experts are explored (rng stream `jitter`); the
+experts never see that.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,6 +32,7 @@ class Gate(nn.Module):
       capacity: slots per expert, for mixtures.
       cosine_dim: width of the space in which cosines are taken.
       num_tasks: rows of the task table.
+      dtype: of the input, the products and the logits; float32 stands for at least that.
       train: whether to disturb the input.
     """
 
@@ -40,11 +43,12 @@ class Gate(nn.Module):
     capacity: int = 1
     cosine_dim: int = 1
     num_tasks: int = 1
+    dtype: str = "float32"
     train: bool = False
 
     def disturb(self, x_GMD: jax.Array) -> jax.Array:
-        """The router's input, at least float32, with jitter and dropout in training."""
-        x_GMD = x_GMD.astype(jnp.promote_types(x_GMD.dtype, jnp.float32))
+        """The router's input with jitter and dropout in training."""
+        x_GMD = x_GMD.astype(self.precision(x_GMD))
         if not self.train:
             return x_GMD
         if self.jitter_noise:
@@ -53,6 +57,11 @@ class Gate(nn.Module):
             x_GMD *= jax.random.uniform(self.make_rng("jitter"), shape, dtype, low, high)
         dropout = nn.Dropout(self.input_dropout_rate, deterministic=False, rng_collection="jitter")
         return dropout(x_GMD)
+
+    def precision(self, x_GMD: jax.Array) -> Any:
+        """What the logits of an input are computed in."""
+        narrow = self.dtype == "bfloat16"
+        return jnp.bfloat16 if narrow else jnp.promote_types(x_GMD.dtype, jnp.float32)
 
     def weights(
         self, name: str, shape: tuple[int, ...], names: tuple[str | None, ...], init: Callable
@@ -116,8 +125,8 @@ class TaskGate(Gate):
         table_NE = self.weights(
             "embedding", (self.num_tasks, self.num_experts), (None, "experts"), init
         )
-        dtype = jnp.promote_types(x_GMD.dtype, jnp.float32)
-        return self.add_bias(jnp.take(table_NE.astype(dtype), task_ids_GM, axis=0, mode="clip"))
+        table_NE = table_NE.astype(self.precision(x_GMD))
+        return self.add_bias(jnp.take(table_NE, task_ids_GM, axis=0, mode="clip"))
 
 
 class SoftGate(Gate):

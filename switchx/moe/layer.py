@@ -139,10 +139,12 @@ class MoeLayer(nn.Module):
                 capacity=capacity,
                 cosine_dim=config.cosine_width,
                 num_tasks=config.num_tasks,
+                dtype=config.router_dtype,
                 train=self.train,
                 name="router",
             )
             logits_GME = gate(x_GMD, *([tokens.task_ids] if scheme.gate == "task" else []))
+            logits_GME = logits_GME.astype(jnp.promote_types(x_GMD.dtype, jnp.float32))
         bias_E = None
         if config.router == "loss_free":
             init = axes(nn.initializers.zeros, ("experts",))
@@ -240,13 +242,36 @@ def _capture(
     rows: tuple[int, int, int],
 ) -> RouterStats:
     """Statistics with every token's routing."""
-    if logits_GME is not None:
-        stats = dataclasses.replace(stats, logits=logits_GME.reshape(rows))
-    if isinstance(routed.decision, Choice) and not isinstance(placed, Mixture):
-        stats = dataclasses.replace(
-            stats,
-            expert_index=routed.decision.expert_index_GMK.reshape(rows),
-            gate=routed.decision.gate_GMK.reshape(rows),
-            kept=placed.kept_GMK.reshape(rows),
-        )
-    return stats
+    if isinstance(placed, Mixture):
+        gate_GMK = jnp.sum(placed.combine_GMEC, axis=-1)
+        kept_GMK = jnp.ones(gate_GMK.shape, bool)
+        index_GMK = jnp.broadcast_to(jnp.arange(gate_GMK.shape[-1]), gate_GMK.shape)
+    elif isinstance(routed.decision, Choice):
+        index_GMK, gate_GMK = routed.decision.expert_index_GMK, routed.decision.gate_GMK
+        kept_GMK = placed.kept_GMK
+    else:
+        assert isinstance(routed.decision, Assignment)
+        index_GMK, gate_GMK, kept_GMK = _by_token(routed.decision, routed.probs_GME.shape)
+    return dataclasses.replace(
+        stats,
+        logits=None if logits_GME is None else logits_GME.reshape(rows),
+        probs=routed.probs_GME.reshape(rows),
+        expert_index=index_GMK.reshape(rows),
+        gate=gate_GMK.reshape(rows),
+        kept=kept_GMK.reshape(rows),
+    )
+
+
+def _by_token(taken: Assignment, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What experts took, by token, [G, M, E]: expert e or E, its gate, and whether it did."""
+    groups, num_tokens, num_experts = shape
+
+    def scatter(token_EC: jax.Array, value_EC: jax.Array) -> jax.Array:
+        expert_E1 = jnp.arange(num_experts)[:, None]
+        found_ME = jnp.zeros((num_tokens, num_experts), value_EC.dtype)
+        return found_ME.at[token_EC, expert_E1].set(value_EC, mode="drop")
+
+    gate_GME = jax.vmap(scatter)(taken.token_GEC, taken.gate_GEC)
+    kept_GME = jax.vmap(scatter)(taken.token_GEC, jnp.ones(taken.token_GEC.shape, bool))
+    index_GME = jnp.where(kept_GME, jnp.arange(num_experts), num_experts)
+    return index_GME, gate_GME, kept_GME

@@ -167,6 +167,21 @@ def test_logits_of_bfloat16_are_float32(name):
 
 
 @pytest.mark.parametrize("name", GATES)
+def test_a_narrow_gate_rounds_its_input_and_its_logits(name):
+    rng = np.random.default_rng(11)
+    x_GMD = jnp.asarray(rng.normal(size=(G, M, D)), jnp.float32)
+    more = [jnp.zeros((G, M), jnp.int32)] if name == "task" else []
+    wide, narrow = (GATES[name](E, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    params = wide.init(jax.random.key(0), x_GMD, *more)["params"]
+    expected_GME = apply(wide, params, x_GMD, *more)
+    logits_GME = apply(narrow, params, x_GMD, *more)
+    assert logits_GME.dtype == jnp.bfloat16
+    assert not np.array_equal(logits_GME.astype(jnp.float32), expected_GME)
+    scale = np.abs(expected_GME).max()
+    np.testing.assert_allclose(logits_GME.astype(jnp.float32), expected_GME, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("name", GATES)
 def test_logits_of_float64_are_float64(name):
     with jax.enable_x64(True):
         gate, params, arguments = example(name, np.float64)

@@ -870,6 +870,37 @@ def test_task_by_hand():
     np.testing.assert_allclose(stats.gate, [[p, q, r, p, q, p, p], [q] * T], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ROUTERS)
+def test_every_token_says_where_it_goes(name):
+    layer = make_layer(name, factor=1.0)
+    x_BTD, tokens = layer_inputs()
+    _, stats = apply(layer, random_params(layer), x_BTD, tokens)
+    mask_BT = np.asarray(tokens.mask)
+    entropy_BT = -np.sum(jax.scipy.special.xlogy(stats.probs, stats.probs), axis=-1)
+    np.testing.assert_allclose(entropy_BT[mask_BT].sum(), stats.entropy, rtol=1e-5, atol=1e-6)
+    confidence_BT = np.max(stats.probs, axis=-1)
+    np.testing.assert_allclose(confidence_BT[mask_BT].sum(), stats.confidence, rtol=1e-5)
+    weight_BTK = np.asarray(stats.gate) if name == "soft_moe" else np.ones(stats.gate.shape)
+    load_E = np.zeros(E)
+    for b, t, k in np.argwhere(np.asarray(stats.expert_index) < E):
+        load_E[stats.expert_index[b, t, k]] += weight_BTK[b, t, k] * mask_BT[b, t]
+    np.testing.assert_allclose(load_E, stats.tokens_per_expert_E, rtol=1e-5)
+
+
+def test_what_experts_took_is_told_by_token():
+    # Every expert takes its four best of seven, or as many as are real.
+    layer = make_layer("expert_choice", factor=4 * E / T)
+    x_BTD, tokens = layer_inputs()
+    _, stats = apply(layer, random_params(layer), x_BTD, tokens)
+    for b, e in np.ndindex(B, E):
+        p_T = np.where(tokens.mask[b], stats.probs[b, :, e], -1)
+        best = set(np.argsort(-p_T)[:4].tolist())
+        for t in range(T):
+            assert stats.expert_index[b, t, e] == (e if t in best else E)
+            assert stats.kept[b, t, e] == (t in best)
+            assert stats.gate[b, t, e] == (pytest.approx(p_T[t]) if t in best else 0)
+
+
 def test_cosine_equals_loop():
     layer = make_layer("cosine", renormalize="before_dropping")
     x_BTD, tokens = layer_inputs()
