@@ -14,23 +14,29 @@ from switchx.training.loop import Interrupted
 
 
 def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """The values of a parser's flags, and NAME=VALUE of every --gin.NAME=VALUE.
+    """`parse_changes`, and then join the other processes, if there are any.
 
-    Joins the other processes first, if there are any: what is wrong then ends all of them. The
-    parser has `distributed.add_flags`.
+    What is wrong later ends all of them. The parser has `distributed.add_flags`.
     """
-    flags, rest = parser.parse_known_args()
-    changes = []
-    for flag in rest:
-        if not flag.startswith("--gin."):
-            options = [option for action in parser._actions for option in action.option_strings]
-            hint = closest(flag.partition("=")[0], ["--gin.NAME=VALUE", *options])
-            parser.error(f"unknown flag {flag!r}{hint}")
-        if "=" not in flag:
-            parser.error(f"{flag}: write {flag}=VALUE")
-        changes.append(flag.removeprefix("--gin."))
+    flags, changes = parse_changes(parser)
     distributed.join(flags)
     return flags, changes
+
+
+def parse_changes(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """The values of a parser's flags, and NAME=VALUE of every --gin.NAME=VALUE."""
+    # Argparse would take one whose value has a space for a positional argument.
+    given = [flag for flag in sys.argv[1:] if flag.startswith("--gin.")]
+    others = [flag for flag in sys.argv[1:] if not flag.startswith("--gin.")]
+    flags, rest = parser.parse_known_args(others)
+    if rest:
+        options = [option for action in parser._actions for option in action.option_strings]
+        hint = closest(rest[0].partition("=")[0], ["--gin.NAME=VALUE", *options])
+        parser.error(f"unknown flag {rest[0]!r}{hint}")
+    for flag in given:
+        if "=" not in flag:
+            parser.error(f"{flag}: write {flag}=VALUE")
+    return flags, [flag.removeprefix("--gin.") for flag in given]
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -257,6 +257,8 @@ def _explain(error: Exception) -> str:
         return f"{match[1]} has no value; give --gin.{match[1]}=VALUE or bind it in the gin file"
     if match := re.search(r"No configurable matching '([\w.]+)'", text):
         return f"there is nothing called {match[1]!r} to bind{closest(match[1], _names())}{where}"
+    if match := re.search(r"Could not find <class '[\w.]*?(\w+)'> in the Gin registry", text):
+        return f"no {match[1]} is configured; give a gin file that configures one"
     if match := re.search(r"Couldn't resolve selector ([\w.]+)", text):
         module, _, name = match[1].rpartition(".")
         known = [each for each in _names() if each != name]

@@ -21,6 +21,7 @@ from switchx.inference.config import DecodingConfig
 from switchx.inference.predictor import Predictor
 from switchx.reconstruction import change
 from switchx.trained import find_checkpoints, load, notes, progress
+from switchx.trained import flag_parser as trained_flags
 from switchx.training import checksums
 
 # Batches whose rows are sorted by length together; of an output, so many may be lost at a kill.
@@ -30,17 +31,9 @@ _FORMATS = ("text", "jsonl")
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
     """A parser of what scripts/infer.py takes; `run` does what they say."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--gin.NAME=VALUE changes a field of the run's configuration: BATCH_SIZE, "
-        "TASK_FEATURE_LENGTHS, …",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run_directory", metavar="RUN_DIR", help="what MODEL_DIR was in training")
+    parser = trained_flags(description, "BATCH_SIZE, TASK_FEATURE_LENGTHS")
     parser.add_argument("--inputs", metavar="FILE", default="-", help="default: standard input")
     parser.add_argument("--output", metavar="FILE", help="JSON lines; default: standard output")
-    parser.add_argument("--checkpoint", default="last", help="last (default), best or a step")
     parser.add_argument(
         "--format", choices=_FORMATS, help="of the inputs; default: by the name, else text"
     )
@@ -57,7 +50,6 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
             default=argparse.SUPPRESS,
             help=f"default: {default}",
         )
-    distributed.add_flags(parser)
     return parser
 
 

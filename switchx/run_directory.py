@@ -29,6 +29,7 @@ class RunDirectory:
     metrics.jsonl             one row per logged step and split
     samples.jsonl             decoded examples
     predictions/<step>/       what an evaluation's examples were answered, by task and split
+    router_analysis/<step>/   where every token of a text went: rows and a summary
     checkpoints/<step>/       parameters, optimizer, data position
     events.out.*              TensorBoard
     versions.json             packages, git revision, devices, mesh, command

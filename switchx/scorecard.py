@@ -29,6 +29,7 @@ from switchx.inference.predictor import Predictor
 from switchx.models.t5 import T5
 from switchx.run_directory import put_row
 from switchx.trained import Trained, find_checkpoints, load, notes, progress
+from switchx.trained import flag_parser as trained_flags
 from switchx.training.metrics import summarizer
 
 # What can be asked of a task, in order.
@@ -40,18 +41,14 @@ _LOSSES = ("cross_entropy", "perplexity")
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
     """A parser of what scripts/evaluate.py takes; `run` does what they say."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="--gin.NAME=VALUE changes a field of the run's configuration: EVAL_STEPS, "
-        "BATCH_SIZE, MoeConfig.eval_capacity_factor, …",
-        allow_abbrev=False,
+    parser = trained_flags(
+        description,
+        "EVAL_STEPS, BATCH_SIZE, MoeConfig.eval_capacity_factor",
+        "last (default), best, all or a step",
     )
-    parser.add_argument("run_directory", metavar="RUN_DIR", help="what MODEL_DIR was in training")
     parser.add_argument(
         "--tasks", type=_names, default=[], help="names, also of mixtures; default: the run's own"
     )
-    parser.add_argument("--checkpoint", default="last", help="last (default), best, all or a step")
     parser.add_argument("--split", default="validation", help="default: validation")
     parser.add_argument(
         "--metrics",
@@ -65,7 +62,6 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rank_by", choices=RANKINGS, default=RANKINGS[0], help="log-likelihood; default: sum"
     )
-    distributed.add_flags(parser)
     return parser
 
 

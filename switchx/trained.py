@@ -1,5 +1,6 @@
 """A trained model: the checkpoints of a run directory, found and loaded."""
 
+import argparse
 import contextlib
 import pathlib
 import sys
@@ -40,6 +41,28 @@ class Trained(NamedTuple):
         """Updates the parameters have seen; None if the folder's name does not tell."""
         name = self.checkpoint.name
         return int(name) if name.isdigit() else None
+
+
+def flag_parser(
+    description: str, fields: str, checkpoints: str = "last (default), best or a step"
+) -> argparse.ArgumentParser:
+    """A parser of what scripts on a run directory take; more may be added to it.
+
+    Args:
+      description: of the script.
+      fields: those of the run's configuration that one may want to change.
+      checkpoints: what --checkpoint may be.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"--gin.NAME=VALUE changes a field of the run's configuration: {fields}, …",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_directory", metavar="RUN_DIR", help="what MODEL_DIR was in training")
+    parser.add_argument("--checkpoint", default="last", help=checkpoints)
+    distributed.add_flags(parser)
+    return parser
 
 
 def find_checkpoints(run_directory: str, which: str = "last") -> list[pathlib.Path]:

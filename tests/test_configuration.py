@@ -40,6 +40,7 @@ MODELS = {
     "switch_base": 619_339_008,
     "switch_c": 1_571_375_798_688,
     "switch_large": 26_309_291_008,
+    "switch_recall": 419_840,
     "switch_tiny": 6_560_768,
     "switch_xxl": 394_675_073_024,
     "t5_1_1_base": 247_577_856,
@@ -50,9 +51,11 @@ MODELS = {
     "t5_base": 222_903_552,
     "t5_c": 1_667_357_088,
     "t5_large": 737_668_096,
+    "t5_recall": 189_440,
     "t5_tiny": 2_886_656,
 }
 TWINS = {
+    "switch_recall": "t5_recall",
     "switch_tiny": "t5_tiny",
     "switch_base": "t5_base",
     "switch_large": "t5_large",
@@ -149,7 +152,7 @@ def test_dense_twins_differ_only_in_the_sparse_layers(name):
     assert sparse.flops_per_sequence(512, 114) == dense.flops_per_sequence(512, 114) + routers
 
 
-@pytest.mark.parametrize("end", ["tiny", "base", "base_c4"])
+@pytest.mark.parametrize("end", ["recall", "tiny", "base", "base_c4"])
 def test_dense_twins_train_alike(end):
     sparse = build(files=[f"gin_configs/switch_{end}.gin"])
     dense = build(files=[f"gin_configs/t5_{end}.gin"])
@@ -168,6 +171,7 @@ class Device:
 @pytest.mark.parametrize(
     ("entry", "devices", "bindings"),
     [
+        ("switch_recall", 4, []),
         ("switch_base", 8, ["BATCH_SIZE=128"]),
         ("switch_large", 8, []),
         ("switch_base_c4", 32, []),
@@ -181,6 +185,16 @@ def test_configurations_fit_the_devices_they_name(entry, devices, bindings):
     experiment = build(*bindings, files=[f"gin_configs/{entry}.gin"])
     mesh = sharding.make_mesh(experiment.mesh, [Device(number) for number in range(devices)])
     check_fits(experiment, mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """What no gin file configures."""
+
+
+def test_files_that_configure_something_else_are_named_as_that():
+    with pytest.raises(UserError, match="no Other is configured"):
+        configuration.build(Other, ["gin_configs/switch_tiny.gin"])
 
 
 def test_the_recipe_of_the_switch_paper():

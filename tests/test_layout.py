@@ -25,6 +25,7 @@ ORDER = (
     ("overview",),
     ("run", "trained", "scorecard", "predictions", "harness", "command_line", "configuration"),
     ("regime",),
+    ("report",),
     ("research",),
 )
 

@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from switchx.data.facts import FactsTask
 from switchx.data.mixtures import Mixture
 from switchx.data.pipeline import DataConfig
 from switchx.data.tasks import FileTask, TfdsTask
@@ -24,6 +25,7 @@ EXPERIMENT = Experiment(
         tasks=(
             FileTask(name="mine", files=["a.jsonl", "b.jsonl"], metrics=["chrf"]),
             TfdsTask(name="rte", tfds_name="glue/rte", splits={"train": "train[:1%]"}),
+            FactsTask(name="facts", num_facts=100),
             Mixture(name="both", tasks=["mine", "rte"], rates={"mine": 1, "rte": 2.5}),
         ),
     ),
@@ -56,7 +58,7 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(UserError, match="train_steps = 'many'"):
         reconstruct(Experiment, values | {"train_steps": "many"}, "here")
     values["data"]["tasks"] = [{"name": "x", "colour": "red"}]
-    with pytest.raises(UserError, match="FileTask or TfdsTask or Mixture, has other keys: name, c"):
+    with pytest.raises(UserError, match="TfdsTask or FactsTask or Mixture, has other keys: na"):
         reconstruct(Experiment, values, "here")
 
 

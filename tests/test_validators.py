@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from switchx.data.facts import FactsTask
 from switchx.data.mixtures import Mixture
 from switchx.data.pipeline import DataConfig
 from switchx.data.tasks import FileTask, TfdsTask
@@ -21,7 +22,7 @@ from switchx.training.losses import LossConfig
 from switchx.training.optimizer import OptimizerConfig
 
 PARTS = (ModelConfig, MoeConfig, DataConfig, OptimizerConfig, LossConfig)
-TASKS = (FileTask, TfdsTask, Mixture)
+TASKS = (FileTask, TfdsTask, FactsTask, Mixture)
 # What the fields that choose may hold, so that something beyond the choice is reached.
 WORDS = ("adamw", "adafactor", "linear", "cosine", "constant", "rsqrt", "mixed", "top", "row")
 WORDS += ("relu", "gelu", "bfloat16", "full", "skip", "stop", "bytes", "data", "inputs", "targets")

@@ -38,6 +38,10 @@ def peak_flops(device: Any) -> float | None:
     return PEAK_FLOPS[max(matches, key=len)] if matches else None
 
 
+class Diverged(UserError):
+    """A loss or gradient that is not finite ended training."""
+
+
 class Progress:
     """Reporter that writes metrics, keeps a live line on a terminal and guards against NaN.
 
@@ -93,7 +97,7 @@ class Progress:
         """Write, show and check one step's metrics.
 
         Raises:
-          UserError: loss or gradients not finite under the policy "stop".
+          Diverged: loss or gradients not finite under the policy "stop".
         """
         metrics = jax.device_get(metrics)
         now = time.monotonic()
@@ -172,7 +176,7 @@ class Progress:
         )
         self._skipped += 1
         if self._on_nonfinite == "stop":
-            raise UserError(
+            raise Diverged(
                 f"step {step}: {bad}; the update was not applied. "
                 "Lower LEARNING_RATE, clip gradients, or set Experiment.on_nonfinite = 'skip'"
             )

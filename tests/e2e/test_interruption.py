@@ -1,26 +1,22 @@
 """Runs that are killed and started again, as a user would: by command line and signals."""
 
-import json
-import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.e2e.commands import finish, rows, start
+
 LAST_STEP = 40
-TIMING = ("tokens_per_second", "step_seconds", "mfu")
 
 
-def start(directory: pathlib.Path, *bindings: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "scripts/train.py",
+def train(directory: pathlib.Path, *bindings: str) -> subprocess.Popen:
+    return start(
+        "train",
         "--gin_file=gin_configs/switch_tiny.gin",
         f"--gin.MODEL_DIR={directory}",
         f"--gin.TRAIN_STEPS={LAST_STEP}",
@@ -37,33 +33,7 @@ def start(directory: pathlib.Path, *bindings: str) -> subprocess.Popen:
         "--gin.Experiment.num_samples=2",
         "--gin.Experiment.sample_length=4",
         *bindings,
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
     )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def rows(directory: pathlib.Path) -> list[dict]:
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def reproducible(directory: pathlib.Path) -> list[dict]:
-    """Metrics without the clock, which no run repeats."""
-    return [{key: row[key] for key in row if key not in TIMING} for row in rows(directory)]
 
 
 def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int) -> None:
@@ -76,7 +46,7 @@ def wait_for_step(process: subprocess.Popen, directory: pathlib.Path, step: int)
 
 
 def assert_same_run(directory: pathlib.Path, other: pathlib.Path) -> None:
-    assert reproducible(directory) == reproducible(other)
+    assert rows(directory) == rows(other)
     assert (directory / "samples.jsonl").read_text() == (other / "samples.jsonl").read_text()
     with ocp.StandardCheckpointer() as checkpointer:
         for item in ("params", "optimizer"):
@@ -93,19 +63,19 @@ def assert_same_run(directory: pathlib.Path, other: pathlib.Path) -> None:
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("unbroken") / "run"
-    finish(start(directory))
+    finish(train(directory))
     return directory
 
 
 def test_a_run_that_is_killed_is_bitwise_the_unbroken_run(unbroken, tmp_path):
     # Kills by the hundred, at any moment: tests/e2e/faults.py. This one is of the command itself.
     directory = tmp_path / "run"
-    process = start(directory)
+    process = train(directory)
     wait_for_step(process, directory, 17)
     process.kill()
     process.communicate()
     assert not (directory / "DONE").exists()
-    output = finish(start(directory))
+    output = finish(train(directory))
     assert "resuming" in output
     assert (directory / "DONE").exists()
     steps = [row["step"] for row in rows(directory) if row["split"] == "train"]
@@ -116,7 +86,7 @@ def test_a_run_that_is_killed_is_bitwise_the_unbroken_run(unbroken, tmp_path):
 def test_a_signal_saves_says_how_to_go_on_and_exits(unbroken, tmp_path):
     directory = tmp_path / "run"
     for signum, step in ((signal.SIGTERM, 10), (signal.SIGINT, 24)):
-        process = start(directory)
+        process = train(directory)
         wait_for_step(process, directory, step)
         process.send_signal(signum)
         output, _ = process.communicate(timeout=120)
@@ -124,13 +94,13 @@ def test_a_signal_saves_says_how_to_go_on_and_exits(unbroken, tmp_path):
         assert "same command" in output and "Traceback" not in output
         stopped = max(int(path.name) for path in (directory / "checkpoints").iterdir())
         assert step <= stopped < LAST_STEP
-    finish(start(directory))
+    finish(train(directory))
     assert_same_run(directory, unbroken)
 
 
 def test_a_signal_before_the_first_step_ends_the_process_at_once(tmp_path):
     directory = tmp_path / "run"
-    process = start(directory)
+    process = train(directory)
     assert process.stdout is not None
     next(line for line in process.stdout if line.startswith("directory"))
     process.send_signal(signal.SIGINT)

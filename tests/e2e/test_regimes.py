@@ -1,17 +1,15 @@
 """The three regimes at toy size, by command line, as a user would; one of them killed."""
 
 import json
-import os
 import pathlib
 import subprocess
-import sys
 import time
 
 import pytest
 
-from tests.e2e.faults import SMALL, TIMING
+from tests.e2e.commands import finish, rows, start
+from tests.e2e.faults import SMALL
 
-ROOT = pathlib.Path(__file__).parents[2]
 FLAGS = (
     "--gin.TASK_FEATURE_LENGTHS={'inputs': 64, 'targets': 40}",
     "--gin.BATCH_SIZE=8",
@@ -23,32 +21,6 @@ FLAGS = (
     "--gin.Experiment.num_samples=1",
     "--gin.Experiment.sample_length=2",
 )
-
-
-def start(script: str, *flags: str) -> subprocess.Popen:
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [sys.executable, f"scripts/{script}.py", *flags],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return output
-
-
-def rows(directory: pathlib.Path) -> list[dict]:
-    """Metrics without the clock, which no run repeats."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: row[key] for key in row if key not in TIMING} for row in found]
 
 
 @pytest.fixture(scope="module")
