@@ -196,7 +196,7 @@ def check(regime: Regime) -> None:
             directory = RunDirectory(experiment.model_dir, writes=False)
             # Where a stage starts from is known when the one before has ended.
             may_change = (*MAY_CHANGE, "initial_checkpoint_path")
-            directory.check_free(dataclasses.asdict(experiment), may_change=may_change)
+            directory.check_free(experiment, may_change=may_change)
             if not directory.done:
                 pipeline.build_train(experiment.data)
                 pipeline.build_eval(experiment.data, num_batches=1)

@@ -65,7 +65,7 @@ def train(experiment: Experiment, config_gin: str = "") -> dict[str, Any]:
     use_compilation_cache(experiment)
     directory = RunDirectory(experiment.model_dir, writes=distributed.is_first())
     try:
-        directory.check_free(dataclasses.asdict(experiment), may_change=MAY_CHANGE)
+        directory.check_free(experiment, may_change=MAY_CHANGE)
         distributed.check_shared(directory.path, "MODEL_DIR")
         with sharding.use(mesh, experiment.rules):
             return _Run(experiment, directory, mesh).run(config_gin)

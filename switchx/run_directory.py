@@ -1,6 +1,7 @@
 """The run directory: the unit of every experiment, between training and everything after it."""
 
 import contextlib
+import dataclasses
 import fcntl
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from switchx.errors import UserError, parse_json
+from switchx.reconstruction import reconstruct
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "seqio", "tensorflow")
 
@@ -85,20 +87,26 @@ class RunDirectory:
         elif self._writes:
             (self.path / "DONE").unlink(missing_ok=True)
 
-    def check_free(self, config: Mapping[str, Any], *, may_change: Iterable[str]) -> None:
+    def check_free(self, config: Any, *, may_change: Iterable[str]) -> None:
         """Check that this configuration may run here: a new directory, or the same configuration.
 
+        A field that the recorded configuration lacks, as an earlier version wrote it, is taken to
+        have been what is its default now.
+
         Args:
-          config: resolved configuration, JSON values, nested.
+          config: a configuration dataclass.
           may_change: dotted keys that a continued run may change, such as its length.
 
         Raises:
           UserError: the directory holds another configuration's run; names the differing keys.
         """
         path = self.path / "config.json"
-        config = json.loads(json.dumps(config))
         if path.exists():
-            here, there = _flatten(config), _flatten(self.read_json("config.json"))
+            recorded = self.read_json("config.json")
+            # What cannot be built now is compared as it is written.
+            with contextlib.suppress(UserError):
+                recorded = _plain(reconstruct(type(config), recorded, str(path)))
+            here, there = _flatten(_plain(config)), _flatten(recorded)
             differing = [
                 f"{key} (there {there.get(key)!r}, now {here.get(key)!r})"
                 for key in sorted(here.keys() | there.keys())
@@ -345,6 +353,11 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() or None
+
+
+def _plain(config: Any) -> Any:
+    """A configuration as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import pathlib
 
 import jax
@@ -121,7 +122,7 @@ def test_a_run_directory_is_read_without_running_its_gin_file(tmp_path):
 
     assert ModelConfig.from_json((run / "model.json").read_text()) == config
     directory = RunDirectory(str(run))
-    directory.check_free({}, may_change=())
+    directory.check_free(dataclasses.make_dataclass("Empty", [])(), may_change=())
     assert directory.read_json("config.json") == {}
     directory.close()
     JsonLines(run / "metrics.jsonl", last_step=0).close()

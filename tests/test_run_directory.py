@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,7 +8,21 @@ import pytest
 from switchx.errors import UserError
 from switchx.run_directory import JsonLines, RunDirectory, put_row, read_vocabulary, versions
 
-CONFIG = {"model": {"d_model": 8, "layers": [1, 2]}, "train_steps": 5}
+
+@dataclasses.dataclass
+class Model:
+    d_model: int
+    layers: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass
+class Config:
+    model: Model
+    train_steps: int = 5
+
+
+CONFIG = Config(Model(8))
+PLAIN = {"model": {"d_model": 8, "layers": [1, 2]}, "train_steps": 5}
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -31,14 +46,26 @@ def test_one_process_at_a_time(tmp_path):
 def test_another_configuration_is_refused_with_the_differing_keys(tmp_path):
     directory = RunDirectory(str(tmp_path))
     directory.check_free(CONFIG, may_change=())
-    directory.write_json("config.json", CONFIG)
+    directory.write_json("config.json", PLAIN)
     directory.check_free(CONFIG, may_change=())
-    other = {"model": {"d_model": 16, "layers": [1, 2]}, "train_steps": 9}
+    other = Config(Model(16), train_steps=9)
     with pytest.raises(UserError, match=r"model.d_model \(there 8, now 16\)") as error:
         directory.check_free(other, may_change=("train_steps",))
     assert "train_steps" not in str(error.value)
-    assert directory.read_json("config.json") == CONFIG
-    directory.check_free(CONFIG | {"train_steps": 9}, may_change=("train_steps",))
+    assert directory.read_json("config.json") == PLAIN
+    directory.check_free(Config(Model(8), train_steps=9), may_change=("train_steps",))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_the_defaults_of_new_fields(tmp_path):
+    directory = RunDirectory(str(tmp_path))
+    directory.write_json("config.json", {"model": {"d_model": 8}})
+    directory.check_free(CONFIG, may_change=())
+    with pytest.raises(UserError, match=r": model.layers \(there \[1, 2\], now \[3\]\); choose"):
+        directory.check_free(Config(Model(8, (3,))), may_change=())
+    # A field that is gone was something.
+    directory.write_json("config.json", PLAIN | {"colour": "red"})
+    with pytest.raises(UserError, match=r": colour \(there 'red', now None\); choose"):
+        directory.check_free(CONFIG, may_change=())
 
 
 def test_checkpoints_of_unknown_origin_are_refused(tmp_path):

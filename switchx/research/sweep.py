@@ -559,4 +559,4 @@ def _slug(settings: Settings) -> str:
         _short(value) if name == GIN_FILE else f"{name.rpartition('.')[2].lower()}={_short(value)}"
         for name, value in settings.items()
     ]
-    return re.sub(r"[^\w.=,+-]+", "_", ",".join(parts))[:80] or "base"
+    return re.sub(r"[^\w.=,+-]+", "_", ",".join(parts), flags=re.ASCII)[:80] or "base"
