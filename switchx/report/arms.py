@@ -1,6 +1,7 @@
 """A sweep's results by setting: what was measured of each trial, and the settings in order."""
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -133,7 +134,8 @@ def base_of(base_arm: str | None, found: Sequence[Arm]) -> Settings | None:
     if base_arm is None:
         return None
     wanted: dict[str, Any] = {}
-    for part in base_arm.split(","):
+    # A value may have commas of its own.
+    for part in re.split(r",(?=\s*[\w./]+=)", base_arm):
         name, equals, value = part.partition("=")
         if not equals:
             raise UserError(f"--base_arm={base_arm}: {part!r} is not NAME=VALUE")

@@ -63,3 +63,5 @@ def test_a_base_is_found_by_its_values(tmp_path):
     made = arms.arms(sweep, arms.measurements(sweep, METRIC, f"eval/{TASK}"))
     assert arms.base_of(None, made) is None
     assert arms.base_of("CAPACITY_FACTOR=2.0", made) == {"CAPACITY_FACTOR": 2.0}
+    pairs = [arms.Arm({"layers": layers, "lr": 1.0}, ()) for layers in ([1, 2], [1])]
+    assert arms.base_of("layers=[1, 2],lr=1", pairs) == {"layers": [1, 2], "lr": 1.0}
