@@ -21,11 +21,9 @@ METRICS = {
 # Regime → folder of its result, for a task.
 REGIMES = {
     "instructions alone": "combined/instruction",
-    "multi-task alone": "multitask/instruction",
     "single": "single/single/{}",
     "longer": "longer/single/{}",
     "combined": "combined/single/{}",
-    "multi-task, then single": "multitask/single/{}",
 }
 Rows = list[dict[str, Any]]
 
@@ -94,7 +92,7 @@ def print_tables(rows: Rows) -> None:
                 print(f"| {regime} | {' | '.join(cells)} |")
         heads = [*MODELS.values(), "sparse - dense"]
         print(f"\n| {task}: combined minus | metric | {' | '.join(heads)} |\n|{'---|' * 5}")
-        for other in ("single", "longer", "multi-task, then single"):
+        for other in ("single", "longer"):
             for metric in metrics:
                 gains = [
                     paired_differences(

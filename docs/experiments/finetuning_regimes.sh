@@ -39,14 +39,3 @@ for seed in "$@"; do
         done
     done
 done
-
-# The same eight tasks as in the instructions, in one wording each.
-for seed in "$@"; do
-    runs=$root/seed_$seed
-    finetune combined $runs/multitask --gin.TRAIN_STEPS=250 --gin.INSTRUCTION_STEPS=500 \
-        --gin.INSTRUCTION_MIXTURE=embedded_tasks
-    evaluate $runs/multitask/instruction ${tasks// /,},$mixed
-    for task in $tasks; do
-        evaluate $runs/multitask/single/$task $task
-    done
-done
