@@ -1,7 +1,7 @@
 """One self-contained page about runs and sweeps, and its tables as CSV, Markdown and LaTeX.
 
 python scripts/report.py runs/switch_tiny --out report.html
-python scripts/report.py runs/sweeps/capacity_factor --base_arm CAPACITY_FACTOR=1.25
+python scripts/report.py runs/capacity_factor --base_arm CAPACITY_FACTOR=1.25
 """
 
 import argparse

@@ -75,6 +75,12 @@ class Run:
         """Step time × steps: what training costs without compilation and evaluations."""
         return None if self.step_seconds is None else self.step_seconds * self.last_step
 
+    @property
+    def training_dropped(self) -> float | None:
+        """Mean of the dropped fractions that training logged, from the first step to the last."""
+        found = [value for _, value in self.curve("dropped_fraction", "train") if value is not None]
+        return statistics.fmean(found) if found else None
+
     def curve(self, metric: str, split: str) -> list[tuple[int, float | None]]:
         """Step and value of a metric, for every row of the split that has it."""
         rows = [row for row in self.rows if row["split"] == split]

@@ -22,6 +22,7 @@ from switchx.report.sweeps import Settings, Sweep, Trial, description, label, le
 from switchx.report.tables import Table, number, time_unit
 from switchx.training.selection import Criterion, numbers
 
+_DROPPED = "Dropped in training: the mean of its logged steps; dropped fraction: in evaluation."
 # How many small multiples a setting of further axes may have.
 MOST_PANELS = 9
 # From how many seeds on an interval says something about a normal distribution's tails.
@@ -74,7 +75,7 @@ def chapter(
             f"{_name(metric)} against each axis", effects(sweep, own, metric, sweep.axes, split)
         ),
         *(
-            [Section("Evaluated under other settings", evaluated(sweep, under, metric))]
+            [Section("Evaluated under other settings", evaluated(sweep, under, metric, reference))]
             if under or sweep.eval_axes
             else []
         ),
@@ -157,8 +158,13 @@ def effects(
     return blocks
 
 
-def evaluated(sweep: Sweep, found: Sequence[Arm], metric: Criterion) -> list[Block]:
-    """The finished checkpoints evaluated under changed settings, as further axes."""
+def evaluated(
+    sweep: Sweep, found: Sequence[Arm], metric: Criterion, base: Settings | None
+) -> list[Block]:
+    """The finished checkpoints evaluated under changed settings, as further axes.
+
+    Differences are to the first of the settings that `base` has been evaluated under.
+    """
     if not found:
         return [Text("No finished trial has evaluations.jsonl with this metric yet.", notice=True)]
     split = found[0].measurements[0].row["split"]
@@ -180,8 +186,10 @@ def evaluated(sweep: Sweep, found: Sequence[Arm], metric: Criterion) -> list[Blo
     ]
     table = Table("evaluations", f"Rows of evaluations.jsonl, split {split}.", columns, rows)
     blocks = effects(sweep, found, metric, tuple(axes), split)
+    settings = [arm.settings for arm in found]
+    fitting = [each for each in settings if (base or {}).items() <= each.items()]
     blocks += differences(
-        sweep, found, found[0].settings, metric, axes, name="evaluations_differences"
+        sweep, found, (fitting or settings)[0], metric, axes, name="evaluations_differences"
     )
     return [*blocks, Folded("Every evaluation", [table])]
 
@@ -311,9 +319,15 @@ def drops(sweep: Sweep, own: Sequence[Arm], under: Sequence[Arm], metric: Criter
     """Quality against the share of choices that found their expert full."""
     axis = run_sections.axis("dropped_fraction")
     made = []
-    for title, found, axes in (
-        ("at the end of training", own, sweep.axes),
-        ("under other settings of evaluation", under, (*sweep.axes, *sweep.eval_axes)),
+    for title, found, axes, share in (
+        ("in training", own, sweep.axes, lambda each: each.trial.run.training_dropped),
+        ("at the end of training", own, sweep.axes, lambda each: each.dropped),
+        (
+            "under other settings of evaluation",
+            under,
+            (*sweep.axes, *sweep.eval_axes),
+            lambda each: each.dropped,
+        ),
     ):
         figure = _trade(
             sweep,
@@ -321,7 +335,7 @@ def drops(sweep: Sweep, own: Sequence[Arm], under: Sequence[Arm], metric: Criter
             metric,
             f"{_name(metric)} against dropped tokens, {title}",
             axis,
-            lambda each: each.dropped,
+            share,
             axes=axes,
         )
         made += [figure] if figure else []
@@ -330,7 +344,10 @@ def drops(sweep: Sweep, own: Sequence[Arm], under: Sequence[Arm], metric: Criter
             Text("No finished trial has a dropped fraction: dense models, perhaps.", notice=True)
         ]
     return [
-        Text("Both from the same row: dropped in evaluation, at the capacity of evaluation."),
+        Text(
+            "Dropped in training: the mean over its logged steps, at the capacity of training. The "
+            "others: in the evaluation that the metric is from, at its capacity."
+        ),
         Figures(made),
     ]
 
@@ -408,6 +425,7 @@ def arms_table(
         "to",
         "seeds",
         "by seed",
+        "dropped in training",
         "dropped fraction",
         "step time (s)",
         "training time (s)",
@@ -418,6 +436,7 @@ def arms_table(
             *_values(arm.settings, axes),
             *_estimated(arm.estimate),
             _by_seed({each.seed: each.value for each in arm.measurements}),
+            arm.mean_of(lambda each: each.trial.run.training_dropped),
             arm.mean_of(lambda each: each.dropped),
             arm.mean_of(lambda each: each.trial.run.step_seconds),
             arm.mean_of(lambda each: each.trial.run.training_seconds),
@@ -426,7 +445,8 @@ def arms_table(
         for arm in found
     ]
     caption = (
-        f"{metric.metric} of {split} by setting, over finished trials. # is a row of All trials."
+        f"{metric.metric} of {split} by setting, over finished trials. {_DROPPED} # is a row of "
+        "All trials."
     )
     return Table(name, caption, columns, rows)
 
@@ -442,6 +462,7 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
         "last step",
         metric.metric,
         "at step",
+        "dropped in training",
         "dropped fraction",
         "step time (s)",
         "wall time (s)",
@@ -470,6 +491,7 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
                 run.last_step if run.rows else None,
                 values.get(metric.metric),
                 last.get("step"),
+                run.training_dropped,
                 values.get("dropped_fraction"),
                 run.step_seconds,
                 run.trial.get("seconds"),
@@ -479,7 +501,7 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
         )
     caption = (
         f"{metric.metric} is the last finite one of {split}; of trials that are not done it is in "
-        "no mean. Wall time is that of all attempts."
+        f"no mean. {_DROPPED} Wall time is that of all attempts."
     )
     return Table("trials", caption, columns, rows, state_column=len(sweep.axes) + 2)
 

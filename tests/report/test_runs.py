@@ -34,6 +34,10 @@ def test_step_time_leaves_out_the_period_that_compiles(tmp_path):
     run = runs.read_run(tmp_path / "a")
     assert run.step_seconds == 0.5
     assert run.training_seconds == 10.0
+    for row, dropped in zip(rows, (0.5, 0.25, 0.25, 0.2), strict=True):
+        row["dropped_fraction"] = dropped
+    write_rows(tmp_path / "a/metrics.jsonl", [*rows, eval_row(20, 3.0, dropped=0.9)])
+    assert runs.read_run(tmp_path / "a").training_dropped == pytest.approx(0.3)
     write_rows(tmp_path / "a/metrics.jsonl", rows[:1])
     assert runs.read_run(tmp_path / "a").step_seconds == 9.0
 

@@ -161,7 +161,8 @@ def test_evaluations_are_a_further_axis(tmp_path):
         for seed in (0, 1)
         for other in (1.0, 4.0)
     }
-    made = chapter(write_sweep(tmp_path / "s", VALUES, evaluations=evaluations))
+    path = write_sweep(tmp_path / "s", VALUES, evaluations=evaluations)
+    made = chapter(path)
     blocks = section(made, "Evaluated under other settings")
     first, second, _ = figures_of(blocks)
     assert first.title == "Cross-entropy against CAPACITY_FACTOR"
@@ -179,7 +180,10 @@ def test_evaluations_are_a_further_axis(tmp_path):
     # What training measured stays what it was.
     assert tables(made)["settings"].rows[0][1] == pytest.approx(2.6)
     dropped = figures_of(section(made, "Quality against dropped tokens"))
-    assert {row["x"] for row in dropped[1].spec["datasets"]["points"]} == {0.01, 0.04}
+    assert {row["x"] for row in dropped[2].spec["datasets"]["points"]} == {0.01, 0.04}
+    # In the order of the axes: to the first evaluation of the base.
+    rows = tables(chapter(path, base_arm="CAPACITY_FACTOR=2.0"))["evaluations_differences"].rows
+    assert [(row[0], row[1]) for row in rows] == [("0.5", "1"), ("0.5", "4"), ("2", "4")]
 
 
 def test_two_axes_are_coloured_and_three_are_small_multiples(tmp_path):
