@@ -22,7 +22,14 @@ from switchx.report.sweeps import Settings, Sweep, Trial, description, label, le
 from switchx.report.tables import Table, number, time_unit
 from switchx.training.selection import Criterion, numbers
 
-_DROPPED = "Dropped in training: the mean of its logged steps; dropped fraction: in evaluation."
+Quantity = Callable[[Measurement], float | None]
+
+OF_EVALUATION: Mapping[str, Quantity] = {"dropped fraction": lambda each: each.dropped}
+OF_TRAINING: Mapping[str, Quantity] = {
+    "dropped in training": lambda each: each.trial.run.training_dropped,
+    "step time (s)": lambda each: each.trial.run.step_seconds,
+    "training time (s)": lambda each: each.trial.run.training_seconds,
+}
 # How many small multiples a setting of further axes may have.
 MOST_PANELS = 9
 # From how many seeds on an interval says something about a normal distribution's tails.
@@ -153,8 +160,12 @@ def effects(
     elif found:
         blocks.append(Text("The sweep has no axes: all trials have one setting."))
     if found:
-        what = "settings" if axes == sweep.axes else "evaluations_settings"
-        blocks.append(arms_table(what, found, metric, axes, split))
+        # What training dropped and cost stands in the table of the sweep's own settings.
+        if axes == sweep.axes:
+            what, quantities = "settings", {**OF_EVALUATION, **OF_TRAINING}
+        else:
+            what, quantities = "evaluations_settings", OF_EVALUATION
+        blocks.append(arms_table(what, found, metric, axes, split, quantities))
     return blocks
 
 
@@ -320,7 +331,7 @@ def drops(sweep: Sweep, own: Sequence[Arm], under: Sequence[Arm], metric: Criter
     axis = run_sections.axis("dropped_fraction")
     made = []
     for title, found, axes, share in (
-        ("in training", own, sweep.axes, lambda each: each.trial.run.training_dropped),
+        ("in training", own, sweep.axes, OF_TRAINING["dropped in training"]),
         ("at the end of training", own, sweep.axes, lambda each: each.dropped),
         (
             "under other settings of evaluation",
@@ -415,9 +426,14 @@ def specialisation(sweep: Sweep) -> list[Block]:
 
 
 def arms_table(
-    name: str, found: Sequence[Arm], metric: Criterion, axes: Sequence[str], split: str | None
+    name: str,
+    found: Sequence[Arm],
+    metric: Criterion,
+    axes: Sequence[str],
+    split: str | None,
+    quantities: Mapping[str, Quantity],
 ) -> Table:
-    """Every setting: mean, interval, seeds, what it dropped and cost."""
+    """Every setting: mean, interval, seeds, means of other quantities."""
     columns = (
         *axes,
         f"mean {metric.metric}",
@@ -425,10 +441,7 @@ def arms_table(
         "to",
         "seeds",
         "by seed",
-        "dropped in training",
-        "dropped fraction",
-        "step time (s)",
-        "training time (s)",
+        *quantities,
         "trials",
     )
     rows = [
@@ -436,17 +449,13 @@ def arms_table(
             *_values(arm.settings, axes),
             *_estimated(arm.estimate),
             _by_seed({each.seed: each.value for each in arm.measurements}),
-            arm.mean_of(lambda each: each.trial.run.training_dropped),
-            arm.mean_of(lambda each: each.dropped),
-            arm.mean_of(lambda each: each.trial.run.step_seconds),
-            arm.mean_of(lambda each: each.trial.run.training_seconds),
+            *map(arm.mean_of, quantities.values()),
             arm.trials,
         )
         for arm in found
     ]
     caption = (
-        f"{metric.metric} of {split} by setting, over finished trials. {_DROPPED} # is a row of "
-        "All trials."
+        f"{metric.metric} of {split} by setting, over finished trials. # is a row of All trials."
     )
     return Table(name, caption, columns, rows)
 
@@ -462,8 +471,8 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
         "last step",
         metric.metric,
         "at step",
-        "dropped in training",
         "dropped fraction",
+        "dropped in training",
         "step time (s)",
         "wall time (s)",
         "error",
@@ -491,8 +500,8 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
                 run.last_step if run.rows else None,
                 values.get(metric.metric),
                 last.get("step"),
-                run.training_dropped,
                 values.get("dropped_fraction"),
+                run.training_dropped,
                 run.step_seconds,
                 run.trial.get("seconds"),
                 run.trial.get("error") or None,
@@ -501,7 +510,7 @@ def trials_table(sweep: Sweep, metric: Criterion, split: str | None) -> Table:
         )
     caption = (
         f"{metric.metric} is the last finite one of {split}; of trials that are not done it is in "
-        f"no mean. {_DROPPED} Wall time is that of all attempts."
+        "no mean. Wall time is that of all attempts."
     )
     return Table("trials", caption, columns, rows, state_column=len(sweep.axes) + 2)
 
