@@ -70,8 +70,11 @@ def read_sweep(path: pathlib.Path) -> Sweep:
     """Read a sweep directory. Raises nothing for what is in it: see `Sweep.problems`."""
     problems: list[str] = []
     plan = read_object(path / "sweep.json", problems) or {}
-    listed = plan.get("trials")
-    listed = [each for each in listed if _is_entry(each)] if isinstance(listed, list) else []
+    written = plan.get("trials")
+    written = written if isinstance(written, list) else []
+    listed = [each for each in written if _is_entry(each)]
+    if broken := len(written) - len(listed):
+        problems.append(f"sweep.json: {broken} of its trials have no valid name; left out")
     folders = sorted(each.name for each in _folders(path / "trials", problems))
     known = {entry["name"] for entry in listed}
     strangers = [name for name in folders if name not in known]
@@ -142,8 +145,10 @@ def _trial(sweep: pathlib.Path, number: int, entry: Mapping[str, Any]) -> Trial:
         if isinstance(within, str) and within not in ("", "."):
             # Of a regime the last run is the result.
             run = dataclasses.replace(read_run(path / within), trial=run.trial, state=run.state)
-        if not run.trial:
-            run = dataclasses.replace(run, problems=("no trial.json", *run.problems))
+        if not run.trial and not any("trial.json" in problem for problem in run.problems):
+            there = (path / "trial.json").exists()
+            problem = "trial.json says nothing" if there else "no trial.json"
+            run = dataclasses.replace(run, problems=(problem, *run.problems))
     else:
         run = Run(path, "waiting", [], [], [], None, None, {}, None, ())
     settings, seed = (

@@ -32,11 +32,19 @@ KINDS: Mapping[str, type] = {"train": Experiment, "finetune": Regime}
 # The one axis that is no macro or field: a configuration file read after the base.
 GIN_FILE = "gin_file"
 
-# Macros that the sweep itself binds for every trial.
-_OWN = {"RANDOM_SEED": "Sweep.seeds", "MODEL_DIR": "Sweep.model_dir"}
+# What the sweep itself binds for every trial: macros, and the fields that they fill.
+_OWN = {
+    "RANDOM_SEED": "Sweep.seeds",
+    "Experiment.seed": "Sweep.seeds",
+    "MODEL_DIR": "Sweep.model_dir",
+    "Experiment.model_dir": "Sweep.model_dir",
+    "Regime.model_dir": "Sweep.model_dir",
+}
 
 # Where a trial lies and what it keeps there for the next start do not make it another.
 _PLACES = ("model_dir", "token_cache_dir", "compilation_cache_dir")
+
+_NAME = re.compile(r"[A-Za-z_][\w./]*", re.ASCII)
 
 _DISTRIBUTIONS = ("uniform", "log_uniform", "integer", "choice")
 
@@ -245,20 +253,23 @@ class Sweep:
 
     def _check_names(self, axes: Sequence[Any], bindings: Mapping[str, Any]) -> None:
         for name in (*bindings, *(name for axis in axes for name in axis.values)):
-            if name in _OWN:
+            if not _NAME.fullmatch(name):
+                raise UserError(f"Sweep: {name!r} is no name of a macro or field; see README.md")
+            if owner := _OWN.get(_canonical(name).rpartition("/")[2]):
                 raise UserError(
-                    f"Sweep: {name} is for {_OWN[name]} to say; remove it from axes and bindings"
+                    f"Sweep: {name} is for {owner} to say; remove it from axes and bindings"
                 )
         for number, axis in enumerate(axes):
-            twice = axis.values.keys() & bindings.keys()
-            for earlier in axes[:number]:
-                if not _exclude(earlier, axis):
-                    twice |= axis.values.keys() & earlier.values.keys()
-            if twice:
-                raise UserError(
-                    f"Sweep: {min(twice)} is bound twice, by two axes or by an axis and the "
-                    "bindings; remove one of the two"
-                )
+            others = [bindings, *(e.values for e in axes[:number] if not _exclude(e, axis))]
+            for name in axis.values:
+                same = [each for each in axis.values if _canonical(each) == _canonical(name)][1:]
+                same += [n for other in others for n in other if _canonical(n) == _canonical(name)]
+                if same:
+                    spelt = "" if same[0] == name else f" (as {same[0]} too)"
+                    raise UserError(
+                        f"Sweep: {name} is bound twice{spelt}, by axes or by an axis and the "
+                        "bindings; remove one of the two"
+                    )
 
     @property
     def criterion(self) -> Criterion:
@@ -324,6 +335,9 @@ class Trial:
       attempts: so far.
       error: what ended the last attempt, a line.
       seconds: of the attempts; one that was killed had no time to add its own.
+
+    Raises:
+      UserError: wrong types.
     """
 
     name: str
@@ -341,6 +355,9 @@ class Trial:
     attempts: int = 0
     error: str = ""
     seconds: float = 0.0
+
+    def __post_init__(self):
+        check_types(self)
 
 
 def make_trials(sweep: Sweep, settings: Sequence[Settings]) -> Iterator[tuple[Trial, Any]]:
@@ -450,6 +467,12 @@ def _exclude(first: Any, second: Any) -> bool:
     conditions = [getattr(axis, "when", {}) for axis in (first, second)]
     shared = conditions[0].keys() & conditions[1].keys()
     return any(conditions[0][name] != conditions[1][name] for name in shared)
+
+
+def _canonical(name: str) -> str:
+    """A name without the modules before its class: gin takes Class.field and module.Class.field."""
+    scope, slash, field = name.rpartition("/")
+    return scope + slash + ".".join(field.split(".")[-2:])
 
 
 def _check_values(axis: Any) -> None:

@@ -43,7 +43,10 @@ def read(folder: pathlib.Path) -> Trial:
     names = {field.name for field in dataclasses.fields(Trial)}
     if not isinstance(found, dict) or found.keys() != names:
         raise UserError(f"{path} is no trial of this version; remove it to begin again")
-    return Trial(**found)
+    try:
+        return Trial(**found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}; remove it to begin again") from None
 
 
 def write(folder: pathlib.Path, trial: Trial) -> None:

@@ -49,6 +49,20 @@ def test_what_is_broken_is_named_and_the_rest_is_read(tmp_path):
     assert "trials/stranger: nothing tells its settings" not in text
 
 
+def test_entries_and_trials_that_say_nothing_are_told(tmp_path):
+    path = write_sweep(tmp_path / "s", VALUES)
+    plan = json.loads((path / "sweep.json").read_text())
+    plan["trials"] += [{"seed": 3}, 7]
+    (path / "sweep.json").write_text(json.dumps(plan))
+    first, *_ = sorted((path / "trials").iterdir())
+    (first / "trial.json").write_text("{}")
+    sweep = sweeps.read_sweep(path)
+    assert len(sweep.trials) == 4
+    assert "sweep.json: 2 of its trials have no valid name; left out" in sweep.problems
+    assert f"trials/{first.name}: trial.json says nothing" in sweep.problems
+    assert not any("no trial.json" in problem for problem in sweep.problems)
+
+
 def test_what_an_earlier_configuration_left_in_the_folder_is_in_no_mean(tmp_path):
     path = write_sweep(tmp_path / "s", VALUES)
     plan = json.loads((path / "sweep.json").read_text())

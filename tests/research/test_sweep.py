@@ -149,12 +149,32 @@ def test_settings_in_a_line():
         (lambda: Sweep(base=BASE, axes=[Grid({"A": [1]})], bindings={"A": 2}), "A is bound twice"),
         (
             lambda: Sweep(
+                base=BASE,
+                axes=[Grid({"MoeConfig.top_k": [1]}), Grid({"layer.MoeConfig.top_k": [2]})],
+            ),
+            r"layer.MoeConfig.top_k is bound twice \(as MoeConfig.top_k too\)",
+        ),
+        (
+            lambda: Sweep(base=BASE, axes=[Grid({"moe.layer.C.a": [1], "layer.C.a": [2]})]),
+            r"moe.layer.C.a is bound twice \(as layer.C.a too\)",
+        ),
+        (lambda: Sweep(base=BASE, axes=[Grid({"A\nB": [1]})]), r"'A\\nB' is no name"),
+        (
+            lambda: Sweep(
                 base=BASE, axes=[Grid({"A": [1]})], eval_axes=[Grid({"A": [2], "B": [1]})]
             ),
             "eval_axes: A is one of the axes too",
         ),
         (lambda: Sweep(base=BASE, axes=[Grid({"RANDOM_SEED": [1]})]), "for Sweep.seeds to say"),
         (lambda: Sweep(base=BASE, bindings={"MODEL_DIR": "x"}), "for Sweep.model_dir to say"),
+        (
+            lambda: Sweep(base=BASE, axes=[Grid({"experiment.Experiment.model_dir": ["x"]})]),
+            "Experiment.model_dir is for Sweep.model_dir to say",
+        ),
+        (
+            lambda: Sweep(base=BASE, axes=[Grid({"first/Experiment.seed": [1]})]),
+            "first/Experiment.seed is for Sweep.seeds to say",
+        ),
         (
             lambda: Sweep(
                 base=BASE, axes=[Grid({"router": ["a"]}), Grid({"B": [1]}, when={"rooter": "a"})]

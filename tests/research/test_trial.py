@@ -34,6 +34,14 @@ def test_a_damaged_file_is_named(tmp_path, text, message):
         trials.read(tmp_path)
 
 
+def test_a_value_of_another_type_is_named(tmp_path):
+    trials.write(tmp_path, made())
+    text = (tmp_path / "trial.json").read_text()
+    (tmp_path / "trial.json").write_text(text.replace('"attempts": 0', '"attempts": "x"'))
+    with pytest.raises(UserError, match=r"trial.json: Trial.attempts = 'x'.*; remove it"):
+        trials.read(tmp_path)
+
+
 def test_files_that_changed_since_are_refused(tmp_path):
     trials.write(tmp_path, dataclasses.replace(made(), hash="0" * 64))
     with pytest.raises(UserError, match="switch_tiny.gin changed since the sweep began"):
