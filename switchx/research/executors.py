@@ -177,6 +177,8 @@ def run_command(command: Sequence[str], log: str, folder: str) -> int:
     job = _Process(command, pathlib.Path(log), {PARENT: str(os.getpid())})
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: job.stop())
+        # Ray cancels by it; what a script starts with & ignores it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return job.wait()
     except BaseException:
@@ -266,6 +268,7 @@ class Submitit:
             import submitit
         except ImportError:
             raise _missing("submitit", "slurm") from None
+        self._cluster = cluster
         self.max_parallel = max_parallel or (1 if cluster == "local" else 64)
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -285,19 +288,22 @@ class Submitit:
             )
         except (RuntimeError, OSError) as error:
             raise UserError(f"submitit: {' '.join(str(error).split())}") from None
-        return _SubmititJob(job)
+        return _SubmititJob(job, self._cluster)
 
     def close(self) -> None:
         """As `Executor`; nothing is held."""
 
 
 class _SubmititJob:
-    def __init__(self, job: Any):
-        self._job = job
+    def __init__(self, job: Any, cluster: str):
+        self._job, self._cluster = job, cluster
         self._stopped = False
 
     def poll(self) -> int | None:
         if not self._job.done():
+            if self._stopped and self._cluster == "local":
+                # Again: submitit passes over it until the command is up.
+                self._terminate()
             return None
         try:
             return self._job.result()
@@ -307,7 +313,15 @@ class _SubmititJob:
 
     def stop(self) -> None:
         self._stopped = True
-        self._job.cancel(check=False)
+        if self._cluster == "local":
+            self._terminate()
+        else:
+            self._job.cancel(check=False)
+
+    def _terminate(self) -> None:
+        # submitit's own cancelling of a local job kills after a second; this one waits.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(self._job.job_id), signal.SIGTERM)
 
 
 def _missing(module: str, extra: str) -> UserError:

@@ -11,7 +11,17 @@ import pytest
 from switchx.errors import UserError
 from switchx.research import executors
 
-SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+# Like a trial: told to end, it takes its time to save.
+SLEEP = """
+import signal, sys, time
+def save(*_):
+    time.sleep(2)
+    print("saved")
+    sys.exit(6)
+signal.signal(signal.SIGTERM, save)
+print("up", flush=True)
+time.sleep(600)
+"""
 
 
 def python(code):
@@ -35,7 +45,16 @@ def executor(name, tmp_path, max_parallel=1, **options):
         made.close()
 
 
+@pytest.fixture
+def background():
+    """Ctrl-C ignored, as by all that a script starts with & and by their children."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["local", "ray", "submitit_local"])
+@pytest.mark.usefixtures("background")
 def test_commands_end_with_their_code_and_their_output_is_kept(tmp_path, name):
     log = tmp_path / "log"
     with executor(name, tmp_path, max_parallel=2) as made:
@@ -48,7 +67,7 @@ def test_commands_end_with_their_code_and_their_output_is_kept(tmp_path, name):
             time.sleep(0.02)
         job.stop()
         assert wait(job) != 0
-    assert log.read_text().split() == ["one", "two", "up"]
+    assert log.read_text().split() == ["one", "two", "up", "saved"]
 
 
 def test_a_killed_process_has_its_signal(tmp_path):
