@@ -11,8 +11,9 @@ SEED ?= 1
 train: .venv/installed
 	.venv/bin/python scripts/train.py --gin_file=$(GIN_FILE) $(ARGS)
 
+# In order of path: pytest-xdist would leave files of few tests, here the longest, to the end.
 test: .venv/installed
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Writes tests/golden again, after a change that is meant to change it; read the diff.
 golden: .venv/installed
