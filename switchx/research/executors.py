@@ -268,7 +268,7 @@ class Submitit:
             import submitit
         except ImportError:
             raise _missing("submitit", "slurm") from None
-        self._cluster = cluster
+        self._job = _LocalSubmititJob if cluster == "local" else _SubmititJob
         self.max_parallel = max_parallel or (1 if cluster == "local" else 64)
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
@@ -288,22 +288,19 @@ class Submitit:
             )
         except (RuntimeError, OSError) as error:
             raise UserError(f"submitit: {' '.join(str(error).split())}") from None
-        return _SubmititJob(job, self._cluster)
+        return self._job(job)
 
     def close(self) -> None:
         """As `Executor`; nothing is held."""
 
 
 class _SubmititJob:
-    def __init__(self, job: Any, cluster: str):
-        self._job, self._cluster = job, cluster
+    def __init__(self, job: Any):
+        self._job = job
         self._stopped = False
 
     def poll(self) -> int | None:
         if not self._job.done():
-            if self._stopped and self._cluster == "local":
-                # Again: submitit passes over it until the command is up.
-                self._terminate()
             return None
         try:
             return self._job.result()
@@ -313,13 +310,21 @@ class _SubmititJob:
 
     def stop(self) -> None:
         self._stopped = True
-        if self._cluster == "local":
-            self._terminate()
-        else:
-            self._job.cancel(check=False)
+        self._job.cancel(check=False)
 
-    def _terminate(self) -> None:
-        # submitit's own cancelling of a local job kills after a second; this one waits.
+
+class _LocalSubmititJob(_SubmititJob):
+    """Stopped by a signal: submitit's own cancelling of a process kills it after a second."""
+
+    def poll(self) -> int | None:
+        code = super().poll()
+        if code is None and self._stopped:
+            # Again: submitit passes over a signal that comes before the command is up.
+            self.stop()
+        return code
+
+    def stop(self) -> None:
+        self._stopped = True
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(self._job.job_id), signal.SIGTERM)
 
