@@ -7,7 +7,7 @@ from typing import Any
 
 from switchx.errors import UserError, closest, parse_json
 from switchx.report.runs import key, metric_value
-from switchx.report.statistics import Estimate, estimate
+from switchx.report.statistics import Estimate, estimate, paired_differences
 from switchx.report.sweeps import Settings, Sweep, Trial, description, level, levels
 from switchx.training.selection import Criterion
 
@@ -60,6 +60,13 @@ class Arm:
         """The measurement of each seed."""
         return {each.seed: each for each in self.measurements if each.seed is not None}
 
+    def minus(self, other: "Arm") -> dict[Any, float]:
+        """Differences of the metric, by the seeds that both have."""
+        return paired_differences(
+            {seed: each.value for seed, each in self.by_seed.items()},
+            {seed: each.value for seed, each in other.by_seed.items()},
+        )
+
     @property
     def trials(self) -> str:
         """Numbers of the trials behind it."""
@@ -104,24 +111,12 @@ def evaluations(sweep: Sweep, metric: Criterion, split: str | None) -> list[Meas
 
 
 def arms(sweep: Sweep, found: Sequence[Measurement], more: Sequence[str] = ()) -> list[Arm]:
-    """Measurements by setting. The first trial's setting comes first, then by the axes' values."""
+    """Measurements by setting, in the order of the axes' values; `more` are further axes."""
     groups: dict[str, list[Measurement]] = {}
     for each in found:
         groups.setdefault(key(each.settings), []).append(each)
-    made = [Arm(group[0].settings, group) for group in groups.values()]
-    places = {
-        axis: {
-            key({"": value}): place
-            for place, value in enumerate(levels([arm.settings for arm in made], axis))
-        }
-        for axis in (*sweep.axes, *more)
-    }
-    return sorted(
-        made,
-        key=lambda arm: [
-            place.get(key({"": arm.settings[axis]}), -1) if axis in arm.settings else -1
-            for axis, place in places.items()
-        ],
+    return _ordered(
+        [Arm(group[0].settings, group) for group in groups.values()], (*sweep.axes, *more)
     )
 
 
@@ -164,22 +159,25 @@ def base_of(base_arm: str | None, found: Sequence[Arm]) -> Settings | None:
 def planned(sweep: Sweep) -> list[Arm]:
     """Every setting that a trial has, measured or not, by the axes' values."""
     found = {key(t.settings): Arm(t.settings, ()) for t in sweep.trials if t.settings is not None}
-    places = {
-        axis: [key({"": v}) for v in levels([a.settings for a in found.values()], axis)]
-        for axis in sweep.axes
-    }
-    return sorted(
-        found.values(),
-        key=lambda arm: [
-            places[axis].index(key({"": arm.settings[axis]})) if axis in arm.settings else -1
-            for axis in sweep.axes
-        ],
-    )
+    return _ordered(list(found.values()), sweep.axes)
 
 
 def last_value(trial: Trial, metric: Criterion, split: str) -> float | None:
     """The metric in the last row of a split."""
     return metric_value(trial.run.last(split) or {}, metric.metric)
+
+
+def _ordered(found: Sequence[Arm], axes: Sequence[str]) -> list[Arm]:
+    """By the axes' values; where an axis is absent first."""
+    settings = [arm.settings for arm in found]
+    places = {axis: [key({"": value}) for value in levels(settings, axis)] for axis in axes}
+    return sorted(
+        found,
+        key=lambda arm: [
+            places[axis].index(key({"": arm.settings[axis]})) if axis in arm.settings else -1
+            for axis in axes
+        ],
+    )
 
 
 def _same(settings: Settings, name: str, value: Any) -> bool:

@@ -49,6 +49,12 @@ def axis(metric: str) -> Axis:
     return AXES.get(metric, Axis(metric.replace("_", " ")))
 
 
+def heading(metric: str) -> str:
+    """How a metric is written at the head of a chart: as on an axis, without its unit."""
+    title = axis(metric).title.partition(",")[0]
+    return title[0].upper() + title[1:]
+
+
 def chapter(
     runs: Sequence[Run], metric: Criterion, *, split: str | None, base: Run | None
 ) -> Chapter:
@@ -273,7 +279,7 @@ def curve_figure(
         captions.append("Gaps are values that were not finite.")
     if short:
         captions.append(f"Longer curves are thinned to {figures.MOST_POINTS} points.")
-    title = _title(metric)
+    title = heading(metric)
     if len(lines) == 1:
         title += " of training's batches" if lines[0] == "train" else " of evaluations"
     return figures.curves(title, rows, axis(metric), ordered=ordered, caption=" ".join(captions))
@@ -299,7 +305,7 @@ def by_layer(runs: Named, metric: str) -> list[Figure]:
                     }
                 )
         if any(row["value"] is not None for row in rows):
-            title = f"{_title(metric)} by layer" + (f": {name}" if len(runs) > 1 else "")
+            title = f"{heading(metric)} by layer" + (f": {name}" if len(runs) > 1 else "")
             layers = run.layers() or None
             found.append(
                 figures.curves(title, rows, axis(metric), ordered=layers, caption=_source(run))
@@ -543,11 +549,6 @@ def _joined(found: Sequence[str]) -> str:
 def _shown(found: Sequence[Figure | None], otherwise: str) -> list[Block]:
     there = [figure for figure in found if figure is not None]
     return [Figures(there)] if there else [Text(otherwise, notice=True)]
-
-
-def _title(metric: str) -> str:
-    title = axis(metric).title.partition(",")[0]
-    return title[0].upper() + title[1:]
 
 
 def _chosen(run: Run) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from switchx.report.runs import Run, key, read_object, read_run
@@ -135,6 +135,19 @@ def levels(settings: Iterable[Settings], axis: str) -> list[Any]:
     values = list(found.values())
     size = [value for value in values if _is_number(value)]
     return sorted(size) + [value for value in values if not _is_number(value)]
+
+
+def shown_levels(settings: Sequence[Settings], axes: Iterable[str]) -> list[str]:
+    """`levels` of axes as `label` writes them, last "–" if an axis is absent anywhere."""
+    axes = list(axes)
+    shown = [level(value) for axis in axes for value in levels(settings, axis)]
+    absent = any(axis not in each for axis in axes for each in settings)
+    return [*shown, "–"] if absent else shown
+
+
+def cells(settings: Settings, axes: Iterable[str]) -> list[str | None]:
+    """Settings as cells of a table's row: a value for each axis, None where it is absent."""
+    return [level(settings[axis]) if axis in settings else None for axis in axes]
 
 
 def _trial(sweep: pathlib.Path, number: int, entry: Mapping[str, Any]) -> Trial:

@@ -65,3 +65,11 @@ def test_a_base_is_found_by_its_values(tmp_path):
     assert arms.base_of("CAPACITY_FACTOR=2.0", made) == {"CAPACITY_FACTOR": 2.0}
     pairs = [arms.Arm({"layers": layers, "lr": 1.0}, ()) for layers in ([1, 2], [1])]
     assert arms.base_of("layers=[1, 2],lr=1", pairs) == {"layers": [1, 2], "lr": 1.0}
+
+
+def test_differences_are_of_seeds_that_both_have(tmp_path):
+    sweep = found(tmp_path)
+    first, second = arms.arms(sweep, arms.measurements(sweep, METRIC, f"eval/{TASK}"))
+    assert second.minus(first) == {0: pytest.approx(-0.4), 1: pytest.approx(-0.4)}
+    alone = arms.Arm({}, [each for each in first.measurements if each.seed == 1])
+    assert second.minus(alone) == {1: pytest.approx(-0.4)}

@@ -9,8 +9,8 @@ import pytest
 
 from switchx.errors import UserError
 from switchx.report import report
+from tests.report.chapters import STATES, VALUES
 from tests.report.directories import write_analysis, write_run, write_sweep
-from tests.report.test_sweep_sections import STATES, VALUES
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

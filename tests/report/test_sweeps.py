@@ -131,3 +131,10 @@ def test_the_result_of_a_regime_is_its_last_run(tmp_path):
     assert found.state == "done"
     assert found.run.path == folder / "single"
     assert found.run.rows[-1]["cross_entropy"] == 1.75
+
+
+def test_settings_are_shown_with_a_dash_where_an_axis_is_absent():
+    settings = [{"lr": 0.5}, {"lr": 0.25, "router": "switch"}]
+    assert sweeps.shown_levels(settings, ["lr"]) == ["0.25", "0.5"]
+    assert sweeps.shown_levels(settings, ["router"]) == ["switch", "–"]
+    assert sweeps.cells(settings[0], ["router", "lr"]) == [None, "0.5"]
